@@ -253,11 +253,8 @@ def read_schema(path: Path) -> Schema:
         try:
             for (_, name), made in objects.items():
                 refuse_unsafe_rules(name, made.sql)
-            tables = [
-                row[1]
-                for row in db.execute("PRAGMA main.table_list")
-                if row[2] == "table" and (row[2], row[1]) in objects
-            ]
+            ordinary = {row[1] for row in db.execute("PRAGMA main.table_list") if row[2] == "table"}
+            tables = [name for kind, name in objects if kind == "table" and name in ordinary]
             streams = [stream for name in tables if (stream := stream_from(db, name, objects))]
             require_clients(db)
         except SetupError as error:
@@ -316,9 +313,9 @@ def stream_from(db: sqlite3.Connection, name: str, objects: dict[tuple[str, str]
     if name in RESERVED_NAMES or len(columns.keys() & MESSAGE_COLUMNS.keys()) < 3:
         return None
     definitions = {definition[0]: definition for definition in sql_definitions(objects["table", name].sql)}
+    for column in MESSAGE_COLUMNS.keys() - columns.keys():
+        raise SetupError(f"table {name} is almost a stream: it lacks the column {column} {MESSAGE_COLUMNS[column]}")
     for column, wanted in MESSAGE_COLUMNS.items():
-        if column not in columns:
-            raise SetupError(f"table {name} is almost a stream: it lacks the column {column} {wanted}")
         _, _, kind, not_null, _, primary_key, hidden = columns[column]
         has = f"{kind} PRIMARY KEY" if primary_key else f"{kind} NOT NULL" if not_null else kind
         if primary_key and any(token.upper() == "AUTOINCREMENT" for token in definitions.get(column, ())):
@@ -445,6 +442,7 @@ def leftovers(db: sqlite3.Connection, schema: Schema) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------------
 
 BUSY_TIMEOUT_S = 10  # how long a message waits for its turn to be written before it is answered with 503
+SQLITE_CONSTRAINT_DATATYPE = 3091  # of STRICT tables; Python has no name for it
 PAGE_BYTES = 4 * 1024 * 1024  # a page of the feed ends after about this much
 
 
@@ -745,7 +743,7 @@ class Store:
             sentence = sentence or f"{subject} is required"
         elif kind == "SQLITE_CONSTRAINT_FOREIGNKEY":
             sentence = "The message refers to something that does not exist (FOREIGN KEY)"
-        elif kind == "SQLITE_CONSTRAINT_DATATYPE":  # "cannot store TEXT value in REAL column readings.value"
+        elif error.sqlite_errorcode == SQLITE_CONSTRAINT_DATATYPE:  # "cannot store TEXT value in REAL column …"
             sentence = text.replace(f"{stream.name}.", "")
         elif kind == "SQLITE_CONSTRAINT_TRIGGER":
             sentence = text
@@ -801,7 +799,7 @@ class Store:
 
     def clients(self) -> list[tuple[str, str, str]]:
         """(name, digest, grants) of every client, as the files on disk have it now."""
-        if self._files != file_identities(self.path):
+        if self._files[0] != file_identity(self.path):
             self._generation += 1
         return self._reader().execute("SELECT name, token, can FROM clients ORDER BY name").fetchall()
 
@@ -822,9 +820,15 @@ class Store:
             return self._ready_writer().execute(sql, values).rowcount == 1
 
 
+def file_identity(path: Path | str) -> tuple[int, int]:
+    """(device, inode) of a file: one that is deleted or replaced keeps neither."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
 def file_identities(path: Path) -> list[tuple[int, int]]:
-    """(device, inode) of the database and its WAL: a file that is deleted or replaced keeps neither."""
-    return [(stat.st_dev, stat.st_ino) for stat in (os.stat(path), os.stat(f"{path}-wal"))]
+    """The identities of a database that is open, and of its WAL."""
+    return [file_identity(path), file_identity(f"{path}-wal")]
 
 
 def can_compile(db: sqlite3.Connection, insert: str) -> bool:
@@ -1289,8 +1293,11 @@ def answer_problem(req: falcon.Request, resp: falcon.Response, problem: Problem,
 def answer_http_error(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: dict) -> None:
     """Falcon's own refusals: an unknown route, or a method that a route does not have."""
     details = {404: "There is nothing at this path.", 405: "This path does not take this method."}
-    detail = details.get(error.status_code, "The request is malformed.")
-    answer_problem(req, resp, Problem(error.status_code, detail, dict(error.headers or {})), params)
+    if error.status_code in details:
+        problem = Problem(error.status_code, details[error.status_code], dict(error.headers or {}))
+    else:  # Falcon says 400 to methods that it does not know; RFC 9110, 15.6.2 says 501
+        problem = Problem(501, "No path here takes this method.")
+    answer_problem(req, resp, problem, params)
 
 
 def answer_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
@@ -1370,10 +1377,10 @@ class TurnDispatcher:
         """Called by waitress for a channel whose next request has come in whole."""
         request = channel.requests[0]
         # With an answer of its own still to be sent, a channel may have to wait, which a writer must not.
-        if request.command == "POST" and not request.error and not channel.total_outbufs_len:
-            self._writes.append(channel)
-        else:
+        if request.error or request.command != "POST" or channel.total_outbufs_len:
             self._reads.put(channel)
+        else:
+            self._writes.append(channel)
 
     def end_turn(self) -> None:
         """Called by the loop when it has read what there is: the writers may start."""
@@ -1493,8 +1500,10 @@ class Server:
     def url(self) -> str:
         """Where the server can be reached; empty for a Unix socket."""
         listener = self._listeners[0]
+        if listener.effective_host == "unix":
+            return ""
         host = f"[{listener.effective_host}]" if ":" in listener.effective_host else listener.effective_host
-        return f"http://{host}:{listener.effective_port}" if isinstance(listener.effective_port, (int, str)) else ""
+        return f"http://{host}:{listener.effective_port}"
 
     def stop(self) -> None:
         """Ends run() when the requests in flight have their answers. May be called in a signal handler."""
