@@ -1614,3 +1614,17 @@ def test_a_migration_that_is_killed_leaves_everything_as_it_was(store, schema_fi
         ]
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert rows(store, "SELECT count(*), max(id), sum(n) FROM messages") == [(200000, 200000, 20000100000)]
+
+
+# README
+
+
+def test_the_consumer_and_the_sender_in_readme_work(server, store):
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    ids = [names["send"](f"{server.url}/messages", TOKEN, {"n": n}) for n in range(3)]
+    feed = names["messages"](server.url, TOKEN)
+    assert [(m["id"], m["body"]["n"]) for m in (next(feed) for _ in range(3))] == list(zip(ids, range(3), strict=True))
