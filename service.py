@@ -13,7 +13,7 @@ message columns (id, received_at, client, key, body) is a stream. The body is th
 are generated from it. Constraints are the validation, triggers are the business logic.
 
 ROUTES
-    POST /{stream}       take one message (application/json)
+    POST /{stream}       take one message (application/json), or many, all or none (application/x-ndjson)
     GET  /{stream}       the feed: messages in commit order, ?after=ID&limit=N&FIELD=VALUE
     GET  /{stream}/{id}  one message
     GET  /               the streams that this client may use, and the version
@@ -28,9 +28,10 @@ GUARANTEES
  5. Ids grow in commit order and are never used again: who follows the feed's `next` misses no message.
 
 LIMITS
- One machine, one SQLite file on a local disk (network file systems do not keep guarantee 1). One body is at
- most --max-body bytes and nested at most 512 deep. The built-in server waits for slow clients, but not well:
- put a proxy in front of it on the open Internet.
+ One machine, one SQLite file on a local disk (network file systems do not keep guarantee 1). A body is at most
+ --max-body bytes, as it is sent and as it is unpacked; a message is nested at most 512 deep, and a batch has at
+ most 10,000. The built-in server waits for slow clients, but not well: put a proxy in front of it on the open
+ Internet.
 
 READING ORDER
  settings, problems, the schema, the store, clients, reading requests, resources, the app, the server for
@@ -53,6 +54,7 @@ import sqlite3
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -526,23 +528,16 @@ class Entry:
     """What one request wants written, and then what became of it."""
 
     __slots__ = (
-        "bodies",
-        "client",
-        "done",
-        "first_id",
-        "key",
-        "last_id",
-        "problem",
-        "received_at",
-        "replayed",
-        "stream",
+        *("batch", "bodies", "client", "done", "first_id", "key", "last_id", "problem", "received_at"),
+        *("replayed", "stream"),
     )
 
-    def __init__(self, stream: Stream, client: str, key: str | None, bodies: list[str]):
+    def __init__(self, stream: Stream, client: str, key: str | None, bodies: list[str], batch: bool = False):
         self.stream = stream
         self.client = client
         self.key = key
         self.bodies = bodies
+        self.batch = batch
         self.done = False
         self.problem: Problem | None = None
         self.replayed = False
@@ -635,13 +630,12 @@ class Store:
 
     # Writing
 
-    def append(self, stream: Stream, client: str, key: str | None, bodies: list[str]) -> Entry:
-        """Commits messages to disk, all or none, and returns what became of them.
+    def append(self, entry: Entry) -> None:
+        """Commits the messages of an entry to disk, all or none; the entry then holds their ids.
 
-        bodies are JSON texts that have been checked. Raises Problem: 4xx when a rule of the schema refused
+        Its bodies are JSON texts that have been checked. Raises Problem: 4xx when a rule of the schema refused
         them (nothing is stored), 5xx when the outcome is unknown.
         """
-        entry = Entry(stream, client, key, bodies)
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         self._queue.append(entry)
         self.gather(entry)
@@ -658,7 +652,6 @@ class Store:
                 raise storage_problem(TimeoutError())
         if entry.problem:
             raise entry.problem
-        return entry
 
     def _commit(self, group: list[Entry]) -> None:
         """Writes a group of entries with one COMMIT. On any failure of the database, all of them fail."""
@@ -695,21 +688,39 @@ class Store:
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> None:
         """Inserts the rows of one entry. A refusal is noted in it, and undoes that entry only."""
-        key = entry.key
+        line = 0
+
+        def rows_after_the_first() -> Iterator[tuple]:
+            nonlocal line
+            for line, body in enumerate(entry.bodies[1:], 2):
+                yield received_at, entry.client, key_of_line(entry.key, line), body
+
+        if entry.batch:
+            db.execute("SAVEPOINT batch")
         try:
-            (body,) = entry.bodies
-            cursor = db.execute(entry.stream.insert, (received_at, entry.client, key, body))
-            entry.first_id = entry.last_id = cursor.lastrowid
+            line = 1
+            values = (received_at, entry.client, entry.key, entry.bodies[0])
+            entry.first_id = entry.last_id = db.execute(entry.stream.insert, values).lastrowid
+            if entry.batch:
+                db.executemany(entry.stream.insert, rows_after_the_first())
+                (entry.last_id,) = db.execute("SELECT last_insert_rowid()").fetchone()
             entry.received_at = received_at
         except sqlite3.Error as error:
             # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
-            # transaction of its own: https://www.sqlite.org/lang_transaction.html#response_to_errors_within_a_transaction
-            if not db.in_transaction or not self._settle(db, entry, error):
+            # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
+            if not db.in_transaction:
                 raise
+            if entry.batch:
+                db.execute("ROLLBACK TO batch")
+            if not self._settle(db, entry, line, error):
+                raise
+        if entry.batch:
+            db.execute("RELEASE batch")
 
-    def _settle(self, db: sqlite3.Connection, entry: Entry, error: sqlite3.Error) -> bool:
+    def _settle(self, db: sqlite3.Connection, entry: Entry, line: int, error: sqlite3.Error) -> bool:
         """Decides an entry whose INSERT failed: a replay, or a refusal. False if the message is not the cause."""
         stored = self._stored_under_key(db, entry) if entry.key else []
+        members = {"stream": entry.stream.name} | ({"line": line} if entry.batch else {})
         if stored and [body for _, _, body in stored] == entry.bodies:
             entry.first_id, entry.received_at, _ = stored[0]
             entry.last_id = stored[-1][0]
@@ -717,28 +728,28 @@ class Store:
         elif stored:
             entry.problem = Problem(422, "This Idempotency-Key was used before, with another body.")
         elif isinstance(error, sqlite3.IntegrityError):
-            entry.problem = self._refusal(error, entry.stream)
+            status, sentence = self._refusal(error, entry.stream)
+            entry.problem = Problem(status, sentence, **members)
         elif error.sqlite_errorname == "SQLITE_ERROR" and can_compile(db, entry.stream.insert):
             # Not the statement but what this body makes of it, such as an overflow in an expression.
-            entry.problem = Problem(
-                422, "A rule of this stream cannot be applied to the message.", stream=entry.stream.name
-            )
+            entry.problem = Problem(422, "A rule of this stream cannot be applied to the message.", **members)
         return entry.replayed or entry.problem is not None
 
     def _stored_under_key(self, db: sqlite3.Connection, entry: Entry) -> list[tuple[int, str, str]]:
+        """(id, received_at, body) of the message, or of all lines of the batch, that came with a key."""
         return db.execute(
-            f'SELECT id, received_at, body FROM "{entry.stream.name}" WHERE client = ? AND key = ?',
-            (entry.client, entry.key),
+            f'SELECT id, received_at, body FROM "{entry.stream.name}"'
+            " WHERE client = ? AND (key = ? OR key > ? AND key < ?) ORDER BY id",
+            (entry.client, entry.key, key_of_line(entry.key, ""), entry.key + "!"),  # "!" is next to the space
         ).fetchall()
 
-    def _refusal(self, error: sqlite3.IntegrityError, stream: Stream) -> Problem:
-        """What a client reads when its message breaks a rule: the owner's words where there are any."""
+    def _refusal(self, error: sqlite3.IntegrityError, stream: Stream) -> tuple[int, str]:
+        """(status, what the client reads) for a broken rule: the owner's words where there are any."""
         text, kind = str(error), error.sqlite_errorname
         subject = text.rpartition(": ")[2].replace(f"{stream.name}.", "")
         sentence = self.schema.sentences.get(text)
         if kind in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
-            sentence = sentence or "Another message has the same " + subject.replace("index ", "")
-            return Problem(409, sentence, stream=stream.name)
+            return 409, sentence or "Another message has the same " + subject.replace("index ", "")
         if kind == "SQLITE_CONSTRAINT_NOTNULL":
             sentence = sentence or f"{subject} is required"
         elif kind == "SQLITE_CONSTRAINT_FOREIGNKEY":
@@ -747,7 +758,7 @@ class Store:
             sentence = text.replace(f"{stream.name}.", "")
         elif kind == "SQLITE_CONSTRAINT_TRIGGER":
             sentence = text
-        return Problem(422, sentence or "The message breaks a rule of this stream (CHECK)", stream=stream.name)
+        return 422, sentence or "The message breaks a rule of this stream (CHECK)"
 
     def probe(self) -> None:
         """Writes and syncs one page, as a message would; raises what stops it."""
@@ -818,6 +829,11 @@ class Store:
     def _change(self, sql: str, *values: str) -> bool:
         with self._lock, self._write_lock.held():
             return self._ready_writer().execute(sql, values).rowcount == 1
+
+
+def key_of_line(key: str | None, line: int | str) -> str | None:
+    """The key of a line of a batch after the first, which has the batch's own. No client's key has a space."""
+    return None if key is None else f"{key} {line}"
 
 
 def file_identity(path: Path | str) -> tuple[int, int]:
@@ -937,6 +953,8 @@ def permit(client: Client, action: str, stream: Stream) -> None:
 
 MAX_DEPTH = 512  # of arrays and objects: under the limit of every SQLite (1000 from 3.42 on) and of Python
 MAX_ID = 2**63 - 1
+LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can write
+NDJSON_TYPES = ("application/x-ndjson", "application/jsonl")
 
 # What the grammar of a JSON text is made of, as far as finding a place in one needs it.
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|-?Infinity|NaN', re.DOTALL)
@@ -952,51 +970,97 @@ JSON_DECODER = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant
 
 def json_text(data: bytes) -> str:
     """A body as text, if it is one JSON value as RFC 8259 has it; Problem 400 with line and column if not."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise json_problem("it is not UTF-8", data[: error.start].decode()) from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        refuse_depth(text)
-    try:
-        JSON_DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise json_problem(error.msg, text[: error.pos]) from None
-    except ValueError as error:
-        constant = next(token for token in JSON_TOKEN.finditer(text) if token[0][-1] in "Ny")
-        raise json_problem(str(error), text[: constant.start()]) from None
+    text = utf8_text(data)
+    require_json(text)
     return text
 
 
-def refuse_depth(text: str) -> None:
+def json_lines(data: bytes) -> list[str]:
+    """The lines of a body, if each is a JSON value; empty ones at the end are left out. Problem 400 or 413."""
+    lines = utf8_text(data).rstrip("\r\n").split("\n")
+    if lines == [""]:
+        raise Problem(400, "The batch is empty.")
+    if len(lines) > LARGEST_BATCH:
+        raise Problem(413, f"The batch has more than {LARGEST_BATCH} messages.", limit=LARGEST_BATCH)
+    lines = [line.removesuffix("\r") for line in lines]
+    for number, line in enumerate(lines, 1):
+        require_json(line, number)
+    return lines
+
+
+def utf8_text(data: bytes) -> str:
+    """A body as text; Problem 400 if it is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise json_problem("it is not UTF-8", data[: error.start].decode()) from None
+
+
+def require_json(text: str, first_line: int = 1) -> None:
+    """Stops a text that is not one JSON value; Problem 400."""
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        refuse_depth(text, first_line)
+    try:
+        JSON_DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise json_problem(error.msg, text[: error.pos], first_line) from None
+    except ValueError as error:
+        constant = next(token for token in JSON_TOKEN.finditer(text) if token[0][-1] in "Ny")
+        raise json_problem(str(error), text[: constant.start()], first_line) from None
+
+
+def refuse_depth(text: str, first_line: int) -> None:
     """Stops a text with too many arrays and objects inside of each other; Problem 400."""
     depth = 0
     for token in JSON_TOKEN.finditer(text):
         if token[0] in "[{":
             depth += 1
             if depth > MAX_DEPTH:
-                raise json_problem(f"it is nested more than {MAX_DEPTH} deep", text[: token.start()])
+                raise json_problem(f"it is nested more than {MAX_DEPTH} deep", text[: token.start()], first_line)
         elif token[0] in "]}":
             depth -= 1
 
 
-def json_problem(reason: str, text_before: str) -> Problem:
+def json_problem(reason: str, text_before: str, first_line: int = 1) -> Problem:
     """The refusal of a body, with the place (counted from 1, in characters) where it stops being JSON."""
-    line = text_before.count("\n") + 1
+    line = text_before.count("\n") + first_line
     column = len(text_before) - text_before.rfind("\n")
     return Problem(400, f"The body is not JSON: {reason}, line {line} column {column}.", line=line, column=column)
 
 
-def require_json(content_type: str | None) -> None:
-    """Stops a body that is not said to be JSON in UTF-8; Problem 415."""
+def is_batch(content_type: str | None) -> bool:
+    """Does a Content-Type say one message on each line (NDJSON)? Problem 415 if it does not say JSON in UTF-8."""
     if content_type == "application/json":  # what nearly all send
-        return
+        return False
     kind, options = falcon.parse_header(content_type or "")
+    batch = kind.lower() in NDJSON_TYPES
     is_json = kind.lower() == "application/json" or re.fullmatch(r"[\w.-]+/[\w.+-]+\+json", kind, re.I | re.A)
-    if not is_json or options.get("charset", "utf-8").lower() != "utf-8":
-        accepted = ["application/json", "application/*+json"]
-        detail = f"Send the message with Content-Type: {accepted[0]} (or any type that ends in +json), in UTF-8."
+    if not (batch or is_json) or options.get("charset", "utf-8").lower() != "utf-8":
+        accepted = ["application/json", "application/*+json", *NDJSON_TYPES]
+        detail = f"Send one message as {accepted[0]} (or any type that ends in +json), many as {accepted[2]}, in UTF-8."
         raise Problem(415, detail, {"Accept-Post": ", ".join(accepted)}, accepted=accepted)
+    return batch
+
+
+def without_gzip(data: bytes, coding: str | None, max_body: int) -> bytes:
+    """A body with its Content-Encoding undone; Problem 400 if it is broken, 413 if too large, 415 if not gzip.
+
+    Nothing is unpacked past the limit: a small body that would become a huge one costs what it may cost.
+    """
+    if coding is None or coding.lower() == "identity":
+        return data
+    if coding.lower() not in ("gzip", "x-gzip"):
+        raise Problem(415, "The only Content-Encoding here is gzip.", {"Accept-Encoding": "gzip"}, accepted=["gzip"])
+    member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        unpacked = member.decompress(data, max_body + 1)
+    except zlib.error:
+        raise Problem(400, "The body is not gzip.") from None
+    if len(unpacked) > max_body:
+        raise too_large(max_body)
+    if not member.eof or member.unused_data:
+        raise Problem(400, "The body is not one whole gzip member.")
+    return unpacked
 
 
 def read_body(environ: dict[str, Any], max_body: int) -> bytes:
@@ -1086,9 +1150,6 @@ def number_in(name: str, text: str, low: int, high: int) -> int:
     return int(text)
 
 
-NDJSON_TYPES = ("application/x-ndjson", "application/jsonl")
-
-
 def wants_ndjson(req: falcon.Request) -> bool:
     """Does the client ask for one JSON text on each line?"""
     if req.accept in ("*/*", "application/json"):
@@ -1131,15 +1192,22 @@ class StreamResource:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         permit(req.context.client, "write", self._stream)
-        require_json(req.content_type)
+        batch = is_batch(req.content_type)
         key = idempotency_key(req.env.get("HTTP_IDEMPOTENCY_KEY"))
-        body = json_text(read_body(req.env, self._max_body))
-        entry = self._store.append(self._stream, req.context.client.name, key, [body])
+        data = read_body(req.env, self._max_body)
+        data = without_gzip(data, req.env.get("HTTP_CONTENT_ENCODING"), self._max_body)
+        bodies = json_lines(data) if batch else [json_text(data)]
+        entry = Entry(self._stream, req.context.client.name, key, bodies, batch)
+        self._store.append(entry)
         resp.status = falcon.HTTP_201
-        resp.set_header("Location", f"{mount_point(req)}/{self._stream.name}/{entry.first_id}")
         if entry.replayed:
             resp.set_header("Idempotent-Replayed", "true")
-        resp.data = f'{{"id": {entry.first_id}, "received_at": "{entry.received_at}"}}'.encode()
+        if batch:
+            ids = f'"count": {len(bodies)}, "first_id": {entry.first_id}, "last_id": {entry.last_id}'
+        else:
+            ids = f'"id": {entry.first_id}'
+            resp.set_header("Location", f"{mount_point(req)}/{self._stream.name}/{entry.first_id}")
+        resp.data = f'{{{ids}, "received_at": "{entry.received_at}"}}'.encode()
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         permit(req.context.client, "read", self._stream)

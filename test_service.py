@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import http.client
 import io
 import json
@@ -17,6 +18,8 @@ import sys
 import threading
 import time
 import tomllib
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import falcon.testing
@@ -204,6 +207,13 @@ def send(connection, method, path, body=None, **headers):
     return answer.status, answer.headers, answer.read()
 
 
+def append(store, stream, body, key=None):
+    """A message straight into the store; its id."""
+    entry = service.Entry(store.schema.streams[stream], "x", key, [body])
+    store.append(entry)
+    return entry.first_id
+
+
 def rows(store, sql="SELECT * FROM readings"):
     with contextlib.closing(sqlite3.connect(store.path)) as db:
         return db.execute(sql).fetchall()
@@ -379,7 +389,7 @@ def test_a_full_text_index_kept_by_a_trigger_just_works(tmp_path):
     for _ in range(2):  # and the second start finds no difference
         store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"))
         store.open()
-        store.append(store.schema.streams["messages"], "x", None, ['"a needle"'])
+        append(store, "messages", '"a needle"')
         store.close()
     assert rows(store, "SELECT count(*) FROM found WHERE found MATCH 'needle'") == [(2,)]
 
@@ -449,12 +459,32 @@ def refusals():
     yield "key of another body", r, READING, {"Idempotency_Key": "used"}, 422, ["another body"], {}
     for name, key in {"empty": "", "space": "a b", "long": "k" * 256, "ä": "ä", "quotes": '""', "list": "a, b"}.items():
         yield f"key: {name}", r, READING, {"Idempotency_Key": key}, 400, ["Idempotency-Key", "255"], {}
-    accepted = {"accepted": ["application/json", "application/*+json"]}
+    kinds = ["application/json", "application/*+json", "application/x-ndjson", "application/jsonl"]
+    accepted = {"accepted": kinds}
     for kind in (None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "text/json",
                  "application/json; charset=latin-1", "", "json"):  # fmt: skip
         yield f"type {kind}", r, READING, {"Content_Type": kind}, 415, ["application/json"], accepted
     yield "too large", r, '"' + "x" * 100_000 + '"', {}, 413, ["100000 bytes"], {"limit": 100_000}
     yield "cut short", r, READING, {"Content_Length": "1000"}, 400, ["cut short", "of 1000 bytes"], {}
+    for coding in ("br", "deflate", "gzip, gzip", "zstd"):
+        yield f"coding {coding}", r, READING, {"Content_Encoding": coding}, 415, ["gzip"], {"accepted": ["gzip"]}
+    yield "not gzip", r, READING, {"Content_Encoding": "gzip"}, 400, ["not gzip"], {}
+    nd, good = {"Content_Type": "application/x-ndjson"}, READING + "\n"
+    yield "batch: empty", r, "\n\r\n", nd, 400, ["empty"], {}
+    yield "batch: bad line", r, good * 2 + '{"a": nul}\n' + good, nd, 400, ["line 3 column 7"], {"line": 3, "column": 7}
+    yield "batch: blank line", r, good + "\n" + good, nd, 400, ["line 2 column 1"], {"line": 2}
+    yield "batch: one value on two lines", r, '{"sensor":\n "a-17"}', nd, 400, ["line 1"], {"line": 1}
+    yield "batch: two values on a line", r, READING + READING, nd, 400, ["Extra data, line 1"], {"line": 1}
+    yield "batch: NaN", r, good + "NaN", nd, 400, ["NaN", "line 2 column 1"], {"line": 2}
+    yield "batch: depth", r, good + "[" * 600 + "]" * 600, nd, 400, ["nested", "line 2 column 513"], {"line": 2}
+    yield "batch: first line", r, "{}\n" + good, nd, 422, ["sensor is required"], {"line": 1, "stream": r}
+    yield "batch: refused line", r, good * 3 + reading(value=99), nd, 422, ["-90 and 60"], {"line": 4, "stream": r}
+    yield "batch: lines that collide", r, f"{reading(lot='M')}\n{reading(lot='M')}", nd, 409, ["same lot"], {"line": 2}
+    yield "batch: trigger", r, good + reading(note="monday") + "\n" + good, nd, 422, ["on mondays"], {"line": 2}
+    yield "batch: overflow", r, good + reading(size=-(2**63)), nd, 422, ["cannot be applied"], {"line": 2}
+    used_key = nd | {"Idempotency_Key": "used"}
+    yield "batch: key of another body", r, good * 2, used_key, 422, ["another body"], {}
+    yield "batch: too many", r, "1\n" * 10_001, nd, 413, ["10000 messages"], {"limit": 10_000}
     yield "bad JSON", r, '{"a": 1,\n "b": tru}', {}, 400, ["line 2 column 7"], {"line": 2, "column": 7}
     yield "no token", r, READING, {"Authorization": None}, 401, ["Bearer"], {}
     yield "bad token", r, READING, {"Authorization": "Bearer nonsense"}, 401, ["not valid"], {}
@@ -624,6 +654,106 @@ def test_it_reads_a_body_that_comes_in_pieces_and_one_without_a_length():
     assert refused.value.status == 413
 
 
+def test_it_takes_a_batch(client, store):
+    client.post("readings", READING)
+    lines = [reading(value=n) for n in range(3)]
+    answer = client.post("readings", "\r\n".join(lines) + "\n\n\r\n", Content_Type="application/x-ndjson")
+    assert answer.status_code == 201
+    assert answer.json == {"count": 3, "first_id": 2, "last_id": 4, "received_at": "2026-11-22T10:00:00.123Z"}
+    assert [row[4] for row in rows(store)] == [READING, *lines]
+    assert rows(store, "SELECT * FROM counts") == [("a-17", 4)]
+
+
+@pytest.mark.parametrize("lines", [1, 2, 10_000])
+def test_a_batch_is_one_transaction_and_one_statement(lines, client, store):
+    client.get("/")
+    statements = []
+    store._writer.set_trace_callback(statements.append)
+    answer = client.post("messages", "1\n" * lines, Content_Type="application/jsonl")
+    assert (answer.status_code, answer.json["count"], answer.json["last_id"]) == (201, lines, lines)
+    kinds = [statement.split()[0] for statement in statements]
+    assert kinds == ["BEGIN", "SAVEPOINT", *["INSERT"] * lines, "SELECT", "RELEASE", "COMMIT"]
+
+
+def test_a_batch_replays_as_one(client, store):
+    batch = {"Content_Type": "application/x-ndjson", "Idempotency_Key": "b"}
+    first = client.post("messages", "1\n2\n3\n", **batch)
+    client.post("messages", "4")
+    again = client.post("messages", "1\r\n2\n3", **batch)
+    assert (again.status_code, again.json, again.headers["Idempotent-Replayed"]) == (201, first.json, "true")
+    for other in ("1\n2\n", "1\n2\n3\n4\n", "1\n", "1\n3\n2\n", "4\n"):
+        assert client.post("messages", other, **batch).status_code == 422
+    assert client.post("messages", "1", Idempotency_Key="b").status_code == 422
+    assert client.post("messages", "1", Idempotency_Key="b!").status_code == 201  # sorts next to the lines of b
+    assert client.post("messages", "1\n2\n3\n", **batch).json == first.json
+    assert rows(store, "SELECT key, body FROM messages") == [
+        ("b", "1"),
+        ("b 2", "2"),
+        ("b 3", "3"),
+        (None, "4"),
+        ("b!", "1"),
+    ]
+
+
+def test_a_refused_batch_in_a_shared_commit_costs_only_itself(store):
+    stream = store.schema.streams["readings"]
+    group = [
+        service.Entry(stream, "x", None, [READING, READING], batch=True),
+        service.Entry(stream, "x", "k", [READING, READING, "{}"], batch=True),
+        service.Entry(stream, "x", None, [READING]),
+    ]
+    store._commit(group)
+    assert [(entry.first_id, entry.problem and entry.problem.status) for entry in group[::2]] == [(1, None), (3, None)]
+    assert group[1].problem.status == 422
+    assert len(rows(store)) == 3
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "x-gzip"])
+def test_it_unpacks_gzip(coding, client, store):
+    assert client.post("messages", gzip.compress(b'{"a":\t1.10}'), Content_Encoding=coding).status_code == 201
+    batch = {"Content_Type": "application/x-ndjson", "Content_Encoding": coding}
+    assert client.post("messages", gzip.compress(b"1\n2\n"), **batch).json["count"] == 2
+    assert client.post("messages", "3", Content_Encoding="identity").status_code == 201
+    assert [row[4] for row in rows(store, "SELECT * FROM messages")] == ['{"a":\t1.10}', "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (gzip.compress(json.dumps("x" * 99_998).encode()), 201),
+        (gzip.compress(json.dumps("x" * 99_999).encode()), 413),
+        (gzip.compress(b"{}")[:-1], 400),
+        (gzip.compress(b"{}")[:-8] + bytes(8), 400),
+        (gzip.compress(b"{}") + b"x", 400),
+        (gzip.compress(b"{}") * 2, 400),
+        (gzip.compress(b""), 400),
+        (zlib.compress(b"{}"), 400),
+        (b"\x1f\x8b", 400),
+        (b"", 400),
+    ],
+)
+def test_gzip_is_whole_and_within_the_limit_or_refused(data, status, client, store):
+    answer = client.post("messages", data, Content_Encoding="gzip", Content_Length=str(len(data)))
+    assert answer.status_code == status
+    assert len(rows(store, "SELECT * FROM messages")) == (status == 201)
+
+
+def test_a_gzip_bomb_costs_neither_memory_nor_time():
+    """1 MiB that would unpack to more than 1 GiB."""
+    packer = zlib.compressobj(9, wbits=31)
+    million = bytes(2**20)
+    bomb = b"".join(packer.compress(million) for _ in range(1030)) + packer.flush()
+    assert len(bomb) > 1_000_000
+    tracemalloc.start()
+    started = time.process_time()
+    with pytest.raises(service.Problem) as refused:
+        service.without_gzip(bomb, "gzip", 1_048_576)
+    assert refused.value.status == 413
+    assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    tracemalloc.stop()
+    assert time.process_time() - started < 0.5
+
+
 # Idempotency
 
 
@@ -726,8 +856,8 @@ def test_the_feed_is_ndjson_if_asked(kind, client):
 def test_a_page_ends_at_about_4_mib_but_never_empty(client, store):
     stream = store.schema.streams["messages"]
     for _ in range(9):
-        store.append(stream, "x", None, [json.dumps("x" * 1_000_000)])
-    store.append(stream, "x", None, [json.dumps("x" * 6_000_000)])
+        append(store, "messages", json.dumps("x" * 1_000_000))
+    append(store, "messages", json.dumps("x" * 6_000_000))
     pages, path = [], "/messages"
     while (page := client.get(path).json)["messages"]:
         pages.append([message["id"] for message in page["messages"]])
@@ -941,10 +1071,10 @@ def test_requests_that_wait_together_share_a_commit(store):
     """While one COMMIT is under way, the others queue; then one of them writes for all."""
     statements = []
     store._writer.set_trace_callback(statements.append)
-    stream, queued = store.schema.streams["messages"], threading.Semaphore(0)
+    queued = threading.Semaphore(0)
     store.gather = lambda entry: queued.release()
     with store._lock:
-        threads = [threading.Thread(target=store.append, args=(stream, "x", None, [f"{n}"])) for n in range(8)]
+        threads = [threading.Thread(target=append, args=(store, "messages", f"{n}")) for n in range(8)]
         for thread in threads:
             thread.start()
         for _ in threads:
@@ -1035,9 +1165,9 @@ def test_another_program_that_holds_the_write_lock_is_503(client, store, monkeyp
 def test_who_waits_too_long_for_the_lock_is_answered_and_leaves_nothing(store, monkeypatch):
     monkeypatch.setattr(service, "BUSY_TIMEOUT_S", 0.2)
     with store._lock, pytest.raises(service.Problem) as refused:
-        store.append(store.schema.streams["messages"], "x", None, ["1"])
+        append(store, "messages", "1")
     assert refused.value.status == 503
-    store.append(store.schema.streams["messages"], "x", None, ["2"])
+    append(store, "messages", "2")
     assert [row[4] for row in rows(store, "SELECT * FROM messages")] == ["2"]
 
 
@@ -1068,13 +1198,12 @@ def test_a_database_that_was_removed_is_never_written_to(client, store, tmp_path
 
 
 def test_a_restart_goes_on_with_the_next_id_also_after_deletions(store, schema_file):
-    stream = store.schema.streams["messages"]
-    store.append(stream, "x", None, ["1"])
+    append(store, "messages", "1")
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as db:
         db.execute("DELETE FROM messages")
     again = service.Store(store.path, service.read_schema(schema_file))
     again.open()
-    assert again.append(stream, "x", None, ["2"]).first_id == 2
+    assert append(again, "messages", "2") == 2
     again.close()
 
 
@@ -1512,10 +1641,7 @@ def test_migrate_recomputes_everything_but_the_messages(client, store, schema_fi
     assert len(rows(store, "SELECT * FROM sensors")) == 3
     again = service.Store(store.path, service.read_schema(schema_file))
     again.open()
-    assert (
-        again.append(again.schema.streams["readings"], "x", None, [READING.replace("}", ', "colour": "red"}')]).first_id
-        == 31
-    )
+    assert append(again, "readings", READING.replace("}", ', "colour": "red"}')) == 31
     again.close()
     assert "nothing had changed" in run(schema_file.parent, "migrate").stdout
 
