@@ -854,7 +854,6 @@ def test_the_feed_is_ndjson_if_asked(kind, client):
 
 
 def test_a_page_ends_at_about_4_mib_but_never_empty(client, store):
-    stream = store.schema.streams["messages"]
     for _ in range(9):
         append(store, "messages", json.dumps("x" * 1_000_000))
     append(store, "messages", json.dumps("x" * 6_000_000))
