@@ -623,7 +623,9 @@ class Store:
     def close(self) -> None:
         """Lets a COMMIT that is under way end, then closes; the WAL goes into the database."""
         if self._lock.acquire(timeout=BUSY_TIMEOUT_S):
-            with contextlib.suppress(TimeoutError), self._write_lock.held():
+            with contextlib.suppress(TimeoutError, sqlite3.Error), self._write_lock.held():
+                if self._writer:
+                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 self._discard_writer()
             self._lock.release()
         self._write_lock.close()
@@ -1165,10 +1167,9 @@ def wants_ndjson(req: falcon.Request) -> bool:
 def envelope(row: tuple) -> str:
     """A message as the feed gives it. The body is put in as it was sent: it is JSON already."""
     message_id, received_at, client, key, body = row
-    key = "null" if key is None else json_string(key)
     return (
         f'{{"id": {message_id}, "received_at": {json_string(received_at)}, "client": {json_string(client)},'
-        f' "key": {key}, "body": {body}}}'
+        f' "key": {"null" if key is None else json_string(key)}, "body": {body}}}'
     )
 
 
@@ -1213,26 +1214,25 @@ class StreamResource:
         permit(req.context.client, "read", self._stream)
         cursor = cursor_from(req.params, self._stream)
         ndjson = wants_ndjson(req)
-        messages, last_id = self._page(cursor, ndjson)
+        messages, last_id = self._page(cursor)
         next_page = f"{mount_point(req)}/{self._stream.name}?{replace(cursor, after=last_id).query()}"
         resp.set_header("Link", f'<{next_page}>; rel="next"')
         if ndjson:
             resp.content_type = NDJSON_TYPES[0]
-            resp.data = b"".join(message + b"\n" for message in messages)
+            resp.data = "".join(on_one_line(message) + "\n" for message in messages).encode()
         else:
-            resp.data = b'{"messages": [%b], "next": %b}' % (b", ".join(messages), json_string(next_page).encode())
+            resp.data = f'{{"messages": [{", ".join(messages)}], "next": {json_string(next_page)}}}'.encode()
 
     on_head = on_get
 
-    def _page(self, cursor: Cursor, ndjson: bool) -> tuple[list[bytes], int]:
+    def _page(self, cursor: Cursor) -> tuple[list[str], int]:
         """The messages of a page, and the id to go on after."""
         messages, size, last_id = [], 0, cursor.after
         with contextlib.closing(self._store.page(self._stream, cursor.after, cursor.limit, cursor.filters)) as rows:
             for row in rows:
-                message = envelope(row)
-                messages.append((on_one_line(message) if ndjson else message).encode())
-                last_id = row[0]
-                size += len(messages[-1])
+                messages.append(envelope(row))
+                last_id, body = row[0], row[4]
+                size += len(body) if body.isascii() else len(body.encode())
                 if size >= PAGE_BYTES:
                     break
         return messages, last_id
