@@ -8,7 +8,8 @@
 --   * Constraints are the validation. What breaks one is refused with 422 (with
 --     409 for UNIQUE), and the name of the constraint is what the client reads:
 --         CONSTRAINT "value must be between -90 and 60" CHECK (value BETWEEN -90 AND 60)
---     NOT NULL makes a member required; FOREIGN KEY holds it to a lookup table.
+--     NOT NULL makes a member required; REFERENCES holds it to a lookup table. A column
+--     converts to its type and does not refuse: CHECK (json_type(body, '$.n') = 'integer').
 --   * Triggers are the business logic. They run in the transaction of the message,
 --     and refuse it with  SELECT RAISE(ABORT, 'a sentence for the client').
 --   * Lookup tables, views and indexes may stand here too; they have no route.

@@ -43,6 +43,7 @@ import base64
 import binascii
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -97,7 +98,7 @@ def settings_from(values: dict[str, str]) -> Settings:
     """The settings with the given texts in place of the defaults; SetupError if one makes no sense."""
     parse = {
         "listen": address,
-        "database": Path,
+        "database": file_path,
         "schema": Path,
         "threads": whole_number(1, 1000),
         "max_body": whole_number(1, 1_000_000_000),
@@ -127,6 +128,14 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def file_path(text: str) -> Path:
+    """The path of a file, which may not be there yet."""
+    path = Path(text)
+    if not path.name or path.is_dir():
+        raise ValueError("takes the path of a file")
+    return path
 
 
 def address(text: str) -> str:
@@ -203,19 +212,18 @@ SQL_TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Stream:
-    """A table that takes messages: its name, its generated columns, and the SQL that writes to it."""
+    """A table that takes messages: its name, and for each generated column the SQL that filters by it."""
 
     name: str
-    fields: tuple[str, ...]
+    filters: dict[str, str]
 
     @property
     def insert(self) -> str:
-        # OR ABORT: no ON CONFLICT clause of the owner's may replace or drop a message behind its 201.
-        return f'INSERT OR ABORT INTO "{self.name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
+        return f'INSERT INTO "{self.name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
 
 
 class SchemaObject(NamedTuple):
-    """A table, index, trigger or view: the table that it belongs to, and its CREATE statement."""
+    """A table, index, trigger or view: the table that it belongs to (in lower case), and its CREATE statement."""
 
     table: str
     sql: str
@@ -237,7 +245,7 @@ def read_schema(path: Path) -> Schema:
         oldest = ".".join(map(str, OLDEST_SQLITE))
         raise SetupError(f"SQLite {sqlite3.sqlite_version} is too old: Inlet needs {oldest} or newer")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"{path} cannot be read: {error}") from None
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
@@ -245,9 +253,13 @@ def read_schema(path: Path) -> Schema:
         statements = []
         for line, statement in sql_statements(text):
             try:
-                if sql_tokens(statement)[0].upper() not in ("CREATE", "INSERT"):
-                    raise SetupError(f"{path}, line {line}: only CREATE and INSERT may stand here")
+                if not re.match(r"CREATE (?!TEMP)|INSERT ", sql_words(statement)):
+                    raise SetupError(f"{path}, line {line}: only CREATE (not TEMP) and INSERT may stand here")
                 db.execute(statement)
+                if sql_words(statement).startswith("INSERT ") and db.execute(statement).rowcount > 0:
+                    raise SetupError(
+                        f"{path}, line {line}: run again, this adds more rows: use INSERT OR IGNORE and a key"
+                    )
             except sqlite3.Error as error:
                 raise SetupError(f"{path}, line {line}: {error}") from None
             statements.append(statement)
@@ -291,36 +303,42 @@ def sql_tokens(sql: str) -> list[str]:
     return [token for token in SQL_TOKEN.findall(sql) if token]
 
 
+def sql_words(sql: str) -> str:
+    """A piece of SQL in capitals, with one space between tokens, and without what stands in quotes."""
+    return " ".join(token.upper() for token in sql_tokens(sql) if token[0] not in "'\"`[")
+
+
 def schema_objects(db: sqlite3.Connection) -> dict[tuple[str, str], SchemaObject]:
     """Every CREATE in a database, by type and name, in the order of creation."""
     rows = db.execute(
         "SELECT type, name, tbl_name, sql FROM sqlite_schema"
         " WHERE sql IS NOT NULL AND substr(name, 1, 7) <> 'sqlite_' ORDER BY rowid"
     )
-    return {(kind, name): SchemaObject(table, sql) for kind, name, table, sql in rows}
+    return {(kind, name): SchemaObject(table.lower(), sql) for kind, name, table, sql in rows}
 
 
 def refuse_unsafe_rules(name: str, sql: str) -> None:
     """Stops rules whose refusal SQLite cannot keep to the one message that broke them."""
-    words = " ".join(token.upper() for token in sql_tokens(sql))
-    if re.search(r"RAISE \( (?:ROLLBACK|FAIL|IGNORE)\b", words):
+    words = sql_words(sql)
+    if re.search(r"\bRAISE \( (?:ROLLBACK|FAIL|IGNORE)\b|\bOR (?:ROLLBACK|FAIL)\b", words):
         raise SetupError(f"{name}: only RAISE(ABORT, 'sentence') refuses one message and nothing else")
-    if "INITIALLY DEFERRED" in words:
+    if re.search(r"\bINITIALLY DEFERRED\b", words):
         raise SetupError(f"{name}: a deferred foreign key cannot refuse one message; leave DEFERRED out")
+    if words.startswith("CREATE TABLE") and re.search(r"\bON CONFLICT\b", words):
+        raise SetupError(f"{name}: ON CONFLICT in a table could drop a message behind its 201; leave it out")
 
 
 def stream_from(db: sqlite3.Connection, name: str, objects: dict[tuple[str, str], SchemaObject]) -> Stream | None:
     """The stream that a table is, or None; SetupError says what an almost-stream lacks."""
     columns = {row[1]: row for row in db.execute(f"PRAGMA table_xinfo({quoted(name)})")}
-    if name in RESERVED_NAMES or len(columns.keys() & MESSAGE_COLUMNS.keys()) < 3:
+    if len(columns.keys() & MESSAGE_COLUMNS.keys()) < 3:
         return None
-    definitions = {definition[0]: definition for definition in sql_definitions(objects["table", name].sql)}
     for column in MESSAGE_COLUMNS.keys() - columns.keys():
         raise SetupError(f"table {name} is almost a stream: it lacks the column {column} {MESSAGE_COLUMNS[column]}")
     for column, wanted in MESSAGE_COLUMNS.items():
         _, _, kind, not_null, _, primary_key, hidden = columns[column]
         has = f"{kind} PRIMARY KEY" if primary_key else f"{kind} NOT NULL" if not_null else kind
-        if primary_key and any(token.upper() == "AUTOINCREMENT" for token in definitions.get(column, ())):
+        if primary_key and "AUTOINCREMENT" in sql_words(objects["table", name].sql).split():
             has += " AUTOINCREMENT"
         if hidden or has.upper() != wanted:
             raise SetupError(f"table {name} is almost a stream: its column {column} must be {wanted}")
@@ -332,9 +350,10 @@ def stream_from(db: sqlite3.Connection, name: str, objects: dict[tuple[str, str]
     for column, (_, _, _, not_null, default, _, hidden) in columns.items():
         if column not in MESSAGE_COLUMNS and not hidden and not_null and default is None:
             raise SetupError(f"table {name}: nothing can fill the column {column}; generate it from the body")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name):
-        raise SetupError(f"table {name!r} cannot be a route: use letters, digits, _ and -")
-    stream = Stream(name, tuple(column for column, row in columns.items() if row[6] in (2, 3)))
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or name in RESERVED_NAMES:
+        raise SetupError(f"table {name!r} cannot be a route: use letters, digits, _ and -, and no route's name")
+    generated = {column: row[2] for column, row in columns.items() if row[6] in (2, 3)}
+    stream = Stream(name, {column: filter_for(column, kind) for column, kind in generated.items()})
     try:
         db.execute(f"EXPLAIN {stream.insert}", (None,) * 4)  # compiles triggers and foreign keys as well
     except sqlite3.Error as error:
@@ -342,22 +361,41 @@ def stream_from(db: sqlite3.Connection, name: str, objects: dict[tuple[str, str]
     return stream
 
 
+def filter_for(column: str, kind: str) -> str:
+    """The condition that a generated column equals a text. A typed one is compared as its type, index and all;
+    one without (https://www.sqlite.org/datatype3.html, 3.1) would never equal a text if it holds a number.
+    """
+    untyped = kind.upper() in ("", "ANY", "BLOB")
+    return f"CAST({quoted(column)} AS TEXT) = ?" if untyped else f"{quoted(column)} = ?"
+
+
 def has_key_index(db: sqlite3.Connection, table: str, objects: dict[tuple[str, str], SchemaObject]) -> bool:
     """Does a UNIQUE index hold every Idempotency-Key of a client to one row?"""
     for _, index, unique, _, partial in db.execute(f"PRAGMA index_list({quoted(table)})").fetchall():
         columns = {row[2] for row in db.execute(f"PRAGMA index_info({quoted(index)})")}
         if unique and columns == {"client", "key"}:
-            condition = [token.upper().strip('"`[]') for token in sql_tokens(objects["index", index].sql)[-5:]]
-            if not partial or condition == ["WHERE", "KEY", "IS", "NOT", "NULL"]:
+            if not partial:
+                return True
+            condition = [unquoted(token).upper() for token in sql_tokens(objects["index", index].sql)[-5:]]
+            if condition == ["WHERE", "KEY", "IS", "NOT", "NULL"]:
                 return True
     return False
 
 
 def require_clients(db: sqlite3.Connection) -> None:
     """Stops a schema whose clients table cannot hold clients."""
-    columns = [row[1] for row in db.execute("PRAGMA table_xinfo(clients)")]
-    if columns[:3] != ["name", "token", "can"]:
-        raise SetupError("it lacks the table clients (name, token, can)")
+    columns = {row[1]: row for row in db.execute("PRAGMA table_xinfo(clients)")}
+    for column in ("name", "token", "can"):
+        if column not in columns or not columns[column][3]:
+            raise SetupError(f"it lacks the table clients (name, token, can), with {column} TEXT NOT NULL")
+    try:
+        for name, token in (("a", "x"), ("b", "y"), ("a", "z")):
+            db.execute("INSERT INTO clients (name, token, can) VALUES (?, ?, '')", (name, token))
+    except sqlite3.IntegrityError as error:
+        if (name, token) != ("a", "z") or "UNIQUE" not in str(error):
+            raise SetupError(f"the table clients cannot hold a client: {error}") from None
+    else:
+        raise SetupError("the table clients must hold each name only once: name TEXT NOT NULL PRIMARY KEY")
 
 
 def constraint_sentences(
@@ -370,6 +408,8 @@ def constraint_sentences(
             sentence, kind = unquoted(definition[at + 1]), words[at + 2]
             if kind == "CHECK":
                 yield f"CHECK constraint failed: {sentence}", sentence
+            elif kind == "NOT" and at > 0:
+                yield f"NOT NULL constraint failed: {table}.{unquoted(definition[0])}", sentence
             elif kind == "UNIQUE":
                 columns = definition[at + 4 : words.index(")", at)] if at == 0 else definition[:1]
                 names = ", ".join(f"{table}.{unquoted(c)}" for c in columns if c != ",")
@@ -428,11 +468,13 @@ def differences(db: sqlite3.Connection, schema: Schema) -> list[str]:
 def leftovers(db: sqlite3.Connection, schema: Schema) -> list[tuple[str, str]]:
     """(type, name) of what once stood in schema.sql: streams, and indexes and triggers on its tables."""
 
+    tables = {name.lower() for kind, name in schema.objects if kind == "table"}
+
     def belongs(kind: str, name: str, table: str) -> bool:
         if kind == "table":
             columns = {row[1] for row in db.execute(f"PRAGMA table_xinfo({quoted(name)})")}
             return MESSAGE_COLUMNS.keys() <= columns
-        return ("table", table) in schema.objects
+        return table in tables
 
     existing = schema_objects(db).items()
     gone = [(kind, name, made.table) for (kind, name), made in existing if (kind, name) not in schema.objects]
@@ -443,7 +485,7 @@ def leftovers(db: sqlite3.Connection, schema: Schema) -> list[tuple[str, str]]:
 # The store: "commit these entries, tell me what became of each; read these rows"
 # ---------------------------------------------------------------------------------------------------------
 
-BUSY_TIMEOUT_S = 10  # how long a message waits for its turn to be written before it is answered with 503
+BUSY_TIMEOUT_S = 10.0  # how long a message waits for its turn to be written before it is answered with 503
 SQLITE_CONSTRAINT_DATATYPE = 3091  # of STRICT tables; Python has no name for it
 PAGE_BYTES = 4 * 1024 * 1024  # a page of the feed ends after about this much
 
@@ -528,8 +570,8 @@ class Entry:
     """What one request wants written, and then what became of it."""
 
     __slots__ = (
-        *("batch", "bodies", "client", "done", "first_id", "key", "last_id", "problem", "received_at"),
-        *("replayed", "stream"),
+        *("batch", "bodies", "client", "deadline", "done", "first_id", "key", "last_id", "problem"),
+        *("received_at", "replayed", "stream"),
     )
 
     def __init__(self, stream: Stream, client: str, key: str | None, bodies: list[str], batch: bool = False):
@@ -538,6 +580,7 @@ class Entry:
         self.key = key
         self.bodies = bodies
         self.batch = batch
+        self.deadline = time.monotonic() + BUSY_TIMEOUT_S
         self.done = False
         self.problem: Problem | None = None
         self.replayed = False
@@ -571,7 +614,7 @@ class Store:
         self._lock = threading.Lock()  # held by the thread that writes
         self._write_lock: WriteLock | None = None
         self._writer: sqlite3.Connection | None = None
-        self._files: list[tuple[int, int]] = []
+        self._files: list[tuple[int, int] | None] = []
         self._generation = 0  # of the files: readers open theirs again when it has grown
         self._readers = threading.local()
 
@@ -581,18 +624,25 @@ class Store:
         """Makes the database if there is none; SetupError if it cannot be used or differs from the schema."""
         try:
             self._write_lock = WriteLock(self.path)
-            with self._write_lock.held():
-                with contextlib.closing(connect(self.path, "rwc")) as db:
-                    if not schema_objects(db):
-                        self._create(db)
-                    found = differences(db, self.schema)
-                if found:
-                    raise SetupError(f"{self.path} differs from the schema ({'; '.join(found)}): run migrate")
-                self._open_writer()
+            try:
+                with self._write_lock.held():
+                    self._create_or_compare()
+                    self._open_writer()
+            except BaseException:
+                self._write_lock.close()
+                raise
         except TimeoutError as error:
             raise SetupError(f"{self.path}: {error}") from None
         except (sqlite3.Error, OSError) as error:
             raise SetupError(f"{self.path} cannot be opened: {error}") from None
+
+    def _create_or_compare(self) -> None:
+        with contextlib.closing(connect(self.path, "rwc")) as db:
+            if not schema_objects(db):
+                self._create(db)
+            found = differences(db, self.schema)
+        if found:
+            raise SetupError(f"{self.path} differs from the schema ({'; '.join(found)}): run migrate")
 
     def _create(self, db: sqlite3.Connection) -> None:
         db.execute("PRAGMA journal_mode = WAL")
@@ -608,7 +658,8 @@ class Store:
         db.execute("PRAGMA journal_mode = WAL")
         # After a failed fsync the kernel takes the lost pages for clean (https://lwn.net/Articles/752063/), and
         # a WAL with a hole in it ends there. So what an earlier process left in the WAL goes to the database.
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        # If a reader is in its way, the WAL is in use by somebody who knows where it ends, and stays as it is.
+        checkpoint(db)
         self._files = file_identities(self.path)
         self._generation += 1
         self._writer = db
@@ -625,10 +676,10 @@ class Store:
         if self._lock.acquire(timeout=BUSY_TIMEOUT_S):
             with contextlib.suppress(TimeoutError, sqlite3.Error), self._write_lock.held():
                 if self._writer:
-                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    checkpoint(self._writer)
                 self._discard_writer()
+            self._write_lock.close()
             self._lock.release()
-        self._write_lock.close()
 
     # Writing
 
@@ -638,28 +689,33 @@ class Store:
         Its bodies are JSON texts that have been checked. Raises Problem: 4xx when a rule of the schema refused
         them (nothing is stored), 5xx when the outcome is unknown.
         """
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
         self._queue.append(entry)
         self.gather(entry)
+        if not entry.done and self._lock.acquire(timeout=max(0.0, entry.deadline - time.monotonic())):
+            try:
+                if not entry.done:
+                    self._commit(self._take_queue(), entry.deadline)
+            finally:
+                self._lock.release()
         if not entry.done:
-            if self._lock.acquire(timeout=max(0, deadline - time.monotonic())):
-                try:
-                    if not entry.done:
-                        self._commit([self._queue.popleft() for _ in range(len(self._queue))])
-                finally:
-                    self._lock.release()
-            else:
-                with contextlib.suppress(ValueError):  # gone: it is in the COMMIT that takes so long
-                    self._queue.remove(entry)
-                raise storage_problem(TimeoutError())
+            with contextlib.suppress(ValueError):  # not there: it is in the COMMIT that takes so long
+                self._queue.remove(entry)
+            raise storage_problem(TimeoutError())
         if entry.problem:
             raise entry.problem
 
-    def _commit(self, group: list[Entry]) -> None:
+    def _take_queue(self) -> list[Entry]:
+        group = []
+        with contextlib.suppress(IndexError):  # len() says nothing: an entry may be withdrawn at any moment
+            while True:
+                group.append(self._queue.popleft())
+        return group
+
+    def _commit(self, group: list[Entry], deadline: float) -> None:
         """Writes a group of entries with one COMMIT. On any failure of the database, all of them fail."""
         failure = storage_problem(RuntimeError())
         try:
-            with self._write_lock.held():
+            with self._write_lock.held(max(0.1, deadline - time.monotonic())):
                 try:
                     db = self._ready_writer()
                     received_at = self.clock()
@@ -684,7 +740,9 @@ class Store:
     def _ready_writer(self) -> sqlite3.Connection:
         """The connection that writes, opened again if it is lost or its files are not the ones on disk."""
         if self._writer and self._files != file_identities(self.path):
-            log.error("%s was removed or replaced; opening it again", self.path)
+            log.error("%s or its WAL was removed or replaced; opening it again", self.path)
+            if self._files[0] == file_identity(self.path):
+                checkpoint(self._writer)  # what is in a WAL that was removed can still be saved
             self._discard_writer()
         return self._writer or self._open_writer()
 
@@ -732,7 +790,7 @@ class Store:
         elif isinstance(error, sqlite3.IntegrityError):
             status, sentence = self._refusal(error, entry.stream)
             entry.problem = Problem(status, sentence, **members)
-        elif error.sqlite_errorname == "SQLITE_ERROR" and can_compile(db, entry.stream.insert):
+        elif error.sqlite_errorname in ("SQLITE_ERROR", "SQLITE_TOOBIG") and can_compile(db, entry.stream.insert):
             # Not the statement but what this body makes of it, such as an overflow in an expression.
             entry.problem = Problem(422, "A rule of this stream cannot be applied to the message.", **members)
         return entry.replayed or entry.problem is not None
@@ -784,8 +842,9 @@ class Store:
 
     def _reader(self) -> sqlite3.Connection:
         if getattr(self._readers, "generation", None) != self._generation:
-            self._readers.generation = self._generation
+            generation = self._generation
             self._readers.db = connect(self.path, "ro")
+            self._readers.generation = generation
         return self._readers.db
 
     def page(self, stream: Stream, after: int, limit: int, filters: dict[str, str]) -> Iterator[tuple]:
@@ -793,7 +852,7 @@ class Store:
 
         filters: generated columns and the values they must equal. Close the iterator to end its snapshot.
         """
-        conditions = "".join(f" AND {quoted(field)} = ?" for field in filters)
+        conditions = "".join(f" AND {stream.filters[field]}" for field in filters)
         cursor = self._reader().execute(
             f'SELECT id, received_at, client, key, body FROM "{stream.name}"'
             f" WHERE id > ?{conditions} ORDER BY id LIMIT ?",
@@ -838,15 +897,25 @@ def key_of_line(key: str | None, line: int | str) -> str | None:
     return None if key is None else f"{key} {line}"
 
 
-def file_identity(path: Path | str) -> tuple[int, int]:
-    """(device, inode) of a file: one that is deleted or replaced keeps neither."""
-    stat = os.stat(path)
+def file_identity(path: Path | str) -> tuple[int, int] | None:
+    """(device, inode) of a file, or None: one that is deleted or replaced does not keep them."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
     return stat.st_dev, stat.st_ino
 
 
-def file_identities(path: Path) -> list[tuple[int, int]]:
+def file_identities(path: Path) -> list[tuple[int, int] | None]:
     """The identities of a database that is open, and of its WAL."""
     return [file_identity(path), file_identity(f"{path}-wal")]
+
+
+def checkpoint(db: sqlite3.Connection) -> None:
+    """Moves the WAL into the database as far as that goes without waiting for anybody."""
+    db.execute("PRAGMA busy_timeout = 0")
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}")
 
 
 def can_compile(db: sqlite3.Connection, insert: str) -> bool:
@@ -959,7 +1028,8 @@ LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can wri
 NDJSON_TYPES = ("application/x-ndjson", "application/jsonl")
 
 # What the grammar of a JSON text is made of, as far as finding a place in one needs it.
-JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|-?Infinity|NaN', re.DOTALL)
+# A string that does not end goes to the end: looking for its end from each quote again would take for ever.
+JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)|[\[\]{}]|-?Infinity|NaN', re.DOTALL)
 
 
 def _refuse_constant(name: str) -> None:
@@ -1000,15 +1070,18 @@ def utf8_text(data: bytes) -> str:
 
 def require_json(text: str, first_line: int = 1) -> None:
     """Stops a text that is not one JSON value; Problem 400."""
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        refuse_depth(text, first_line)
     try:
         JSON_DECODER.decode(text)
+    except RecursionError:
+        refuse_depth(text, first_line)
+        raise
     except json.JSONDecodeError as error:
         raise json_problem(error.msg, text[: error.pos], first_line) from None
     except ValueError as error:
         constant = next(token for token in JSON_TOKEN.finditer(text) if token[0][-1] in "Ny")
         raise json_problem(str(error), text[: constant.start()], first_line) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        refuse_depth(text, first_line)
 
 
 def refuse_depth(text: str, first_line: int) -> None:
@@ -1134,8 +1207,8 @@ LARGEST_PAGE = 1000
 def cursor_from(params: dict[str, str | list[str]], stream: Stream) -> Cursor:
     """The cursor that query parameters ask for; Problem 400 if one is unknown, doubled or out of range."""
     for name, value in params.items():
-        if name not in ("after", "limit", *stream.fields):
-            known = ["after", "limit", *stream.fields]
+        if name not in ("after", "limit", *stream.filters):
+            known = ["after", "limit", *stream.filters]
             raise Problem(400, f"There is no parameter {name[:64]!r}: there are {', '.join(known)}.", parameters=known)
         if isinstance(value, list):
             raise Problem(400, f"The parameter {name} is given more than once.")
@@ -1268,7 +1341,7 @@ class RootResource:
             can = [action for action in ("write", "read") if req.context.client.can(action, stream)]
             if can:
                 href = f"{mount_point(req)}/{name}"
-                streams[name] = {"href": href, "can": can, "fields": list(stream.fields)}
+                streams[name] = {"href": href, "can": can, "fields": list(stream.filters)}
         resp.media = {"service": "Inlet", "version": __version__, "streams": streams}
 
     on_head = on_get
@@ -1346,6 +1419,7 @@ def create_app(store: Store, max_body: int = Settings.max_body) -> falcon.App:
         app.add_route(f"/{stream.name}", StreamResource(store, stream, max_body))
         app.add_route(f"/{stream.name}/{{message_id}}", MessageResource(store, stream))
     app.add_error_handler(Exception, answer_bug)
+    app.add_error_handler(sqlite3.Error, answer_database_error)
     app.add_error_handler(falcon.HTTPError, answer_http_error)
     app.add_error_handler(Problem, answer_problem)
     return app
@@ -1366,6 +1440,11 @@ def answer_http_error(req: falcon.Request, resp: falcon.Response, error: falcon.
     else:  # Falcon says 400 to methods that it does not know; RFC 9110, 15.6.2 says 501
         problem = Problem(501, "No path here takes this method.")
     answer_problem(req, resp, problem, params)
+
+
+def answer_database_error(req: falcon.Request, resp: falcon.Response, error: sqlite3.Error, params: dict) -> None:
+    log.error("the database cannot be read: %s: %s", type(error).__name__, error)
+    answer_problem(req, resp, unavailable(503, "The database cannot be read at the moment. Try again."), params)
 
 
 def answer_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
@@ -1457,17 +1536,20 @@ class TurnDispatcher:
 
     def gather(self, entry: Entry) -> None:
         """Runs the POSTs that wait, up to where they wait for the COMMIT too, until this entry is done."""
-        depth = getattr(self._stack, "depth", LARGEST_GROUP)  # only writers have one
-        if depth >= LARGEST_GROUP:
+        if not self.in_writer() or self._stack.depth >= LARGEST_GROUP:
             return
-        self._stack.depth = depth + 1
-        while not entry.done and self._run_next():
+        self._stack.depth += 1
+        while not entry.done and time.monotonic() < entry.deadline and self._run_next():
             pass
-        self._stack.depth = depth
+        self._stack.depth -= 1
+
+    def in_writer(self) -> bool:
+        """Is this a thread that writes?"""
+        return hasattr(self._stack, "depth")
 
     def answered(self) -> None:
-        """Called by waitress when a request has its answer, or to send a part of one: the loop may send it."""
-        if not hasattr(self._stack, "depth"):  # a writer says it once for its whole turn
+        """Called by waitress when there is something to send: wakes the loop. A writer does so after its turn."""
+        if not self.in_writer():
             self.wake_loop()
 
     def _write(self) -> None:
@@ -1529,11 +1611,18 @@ class Server:
                 self.write(problem.body)
 
         class Channel(waitress.channel.HTTPChannel):
+            """A connection. What a writer answers is only queued, for the loop to send: each send() would give up
+            the GIL, and wait for it again while the loop and the other writer want it too.
+            """
+
             error_task_class = ProblemTask
+
+            def _flush_some(self, do_close: bool = True) -> bool:
+                return not dispatcher.in_writer() and super()._flush_some(do_close)
 
         self._poll = waitress.wasyncore.poll2
         self._map: dict[int, Any] = {}
-        self._dispatcher = TurnDispatcher(settings.threads)
+        self._dispatcher = dispatcher = TurnDispatcher(settings.threads)
         store.gather = self._dispatcher.gather
         where = {"listen": settings.listen}
         if settings.listen.startswith("unix:"):
@@ -1549,10 +1638,6 @@ class Server:
             # waitress counts the framing of chunks, and refuses what is exactly as large; the app is exact.
             max_request_body_size=2 * settings.max_body + 65_536,
             inbuf_overflow=2 * settings.max_body + 65_536,  # no temporary file for a body
-            # Deprecated, and the point: a writer only queues its answers, and the loop sends them. A send() in
-            # the writer gives up the GIL for each one.
-            send_bytes=2**62,
-            outbuf_high_watermark=16 * 2**20,
             ident="Inlet",
             **where,
         )
@@ -1637,9 +1722,7 @@ def migrate(path: Path, schema: Schema, progress: Progress) -> list[str]:
     """
     lock = WriteLock(path)
     with contextlib.closing(lock), lock.held(), contextlib.closing(connect(path, "rw")) as db:
-        # As https://www.sqlite.org/lang_altertable.html#otheralter has it: a renamed table takes no reference along.
-        db.execute("PRAGMA foreign_keys = OFF")
-        db.execute("PRAGMA legacy_alter_table = ON")
+        db.execute("PRAGMA foreign_keys = OFF")  # they are checked at the end
         db.execute("BEGIN IMMEDIATE")
         changes = differences(db, schema)
         broken = Migration(db, schema, progress).run()
@@ -1647,7 +1730,7 @@ def migrate(path: Path, schema: Schema, progress: Progress) -> list[str]:
             db.execute("ROLLBACK")
             raise BrokenRules("\n".join(broken))
         db.execute("COMMIT")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        checkpoint(db)
         return changes
 
 
@@ -1661,83 +1744,99 @@ class Migration:
 
     def run(self) -> list[str]:
         """Changes the database, and returns the rules that rows break, a line for each."""
-        self._drop_empty_leftovers()
+        self._drop_empty_streams()
         rebuilt = self._tables_to_rebuild()
         self._drop_rules(rebuilt)
         broken = [line for table in rebuilt for line in self._rebuild(table)]
         if not broken:
             self._create_missing()
             for statement in self._schema.statements:
-                if sql_tokens(statement)[0].upper() == "INSERT":
+                if sql_words(statement).startswith("INSERT "):
                     self._db.execute(statement)
             broken = self._broken_references()
         return broken
 
-    def _drop_empty_leftovers(self) -> None:
+    def _drop_empty_streams(self) -> None:
         for kind, name in leftovers(self._db, self._schema):
-            if kind == "table" and self._count(name):
-                raise SetupError(f"the table {name} is not in the schema and holds {self._count(name)} messages")
             if kind == "table":
-                self._db.execute(f"DROP TABLE {quoted(name)}")
+                if self._count(name):
+                    raise SetupError(
+                        f"the table {name} is not in the schema and holds {self._count(name)} messages:"
+                        f" put it back, or drop it by hand"
+                    )
+                with self._keeping_used_ids(name):
+                    self._db.execute(f"DROP TABLE {quoted(name)}")
 
     def _tables_to_rebuild(self) -> list[str]:
         """Tables whose CREATE or whose UNIQUE indexes differ: their rows have to pass the new rules."""
-
-        def rules(objects: dict[tuple[str, str], SchemaObject], table: str) -> tuple:
-            indexes = (o.sql for (kind, _), o in objects.items() if kind == "index" and o.table == table)
-            unique = sorted(sql_tokens(sql) for sql in indexes if sql_tokens(sql)[1].upper() == "UNIQUE")
-            return sql_tokens(objects["table", table].sql), unique
-
         old, new = schema_objects(self._db), self._schema.objects
         both = [name for kind, name in new if kind == "table" and (kind, name) in old]
-        return [name for name in both if rules(old, name) != rules(new, name)]
+        return [name for name in both if rules_for_rows(old, name) != rules_for_rows(new, name)]
 
     def _drop_rules(self, rebuilt: list[str]) -> None:
         """Drops what is made again later: it stands on a table that is rebuilt, has changed, or has gone."""
         gone = leftovers(self._db, self._schema)
+        tables = {name.lower() for name in rebuilt}
         for (kind, name), old in schema_objects(self._db).items():
             new = self._schema.objects.get((kind, name))
             changed = new and sql_tokens(new.sql) != sql_tokens(old.sql)
-            if kind != "table" and (old.table in rebuilt or changed or (kind, name) in gone):
-                self._db.execute(f"DROP {kind} {quoted(name)}")
+            if kind != "table" and (old.table in tables or changed or (kind, name) in gone):
+                self._db.execute(f"DROP {kind} IF EXISTS {quoted(name)}")  # a view takes its triggers with it
 
     def _rebuild(self, table: str) -> list[str]:
-        """Makes a table anew and copies its rows; returns the rules that they break."""
-        db, objects = self._db, self._schema.objects
-        if sql_tokens(objects["table", table].sql)[1].upper() == "VIRTUAL":
+        """Makes a table anew and copies its rows; returns the rules that they break.
+
+        The rows wait in a table without any rules. (Renaming the old table would rewrite what refers to it.)
+        """
+        db, new, copy = self._db, self._schema.objects["table", table], f"{table} before migrate"
+        if sql_words(new.sql).startswith("CREATE VIRTUAL"):
             raise SetupError(f"the virtual table {table} has changed: drop it by hand, and it is made anew")
-        used_ids = db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
-        old = f"{table} before migrate"
-        db.execute(f"ALTER TABLE {quoted(table)} RENAME TO {quoted(old)}")
-        db.execute(objects["table", table].sql)
-        for (kind, _), o in objects.items():
-            if kind == "index" and o.table == table and sql_tokens(o.sql)[1].upper() == "UNIQUE":
-                db.execute(o.sql)
-        columns = [c for c in self._ordinary_columns(table) if c in self._ordinary_columns(old)]
-        copy = f"INSERT INTO {quoted(table)} ({', '.join(columns)}) SELECT {', '.join(columns)} FROM {quoted(old)}"
-        if table in self._schema.streams and '"id"' in columns:
-            broken = self._copy_messages(table, old, copy)
-        else:
-            broken = self._copy_lookup(table, copy)
-        db.execute(f"DROP TABLE {quoted(old)}")
-        if used_ids:
-            db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
-            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, used_ids[0]))
+        before = self._ordinary_columns(table)
+        columns = ", ".join(quoted(column) for column in before)
+        is_stream = table in self._schema.streams and "id" in before
+        definitions = [quoted(column) + " INTEGER PRIMARY KEY" * (is_stream and column == "id") for column in before]
+        db.execute(f"CREATE TABLE {quoted(copy)} ({', '.join(definitions)})")
+        db.execute(f"INSERT INTO {quoted(copy)} ({columns}) SELECT {columns} FROM {quoted(table)}")
+        with self._keeping_used_ids(table):
+            db.execute(f"DROP TABLE {quoted(table)}")
+            db.execute(new.sql)
+        for (kind, _), index in self._schema.objects.items():
+            if kind == "index" and index.table == new.table and sql_words(index.sql).startswith("CREATE UNIQUE"):
+                db.execute(index.sql)
+        self._refuse_to_forget(table, copy)
+        kept = ", ".join(quoted(column) for column in self._ordinary_columns(table) if column in before)
+        insert = f"INSERT INTO {quoted(table)} ({kept}) SELECT {kept} FROM {quoted(copy)}"
+        broken = self._copy_messages(table, copy, insert) if is_stream else self._copy_lookup(table, insert)
+        db.execute(f"DROP TABLE {quoted(copy)}")
         return broken
 
-    def _copy_messages(self, table: str, old: str, copy: str) -> list[str]:
+    @contextlib.contextmanager
+    def _keeping_used_ids(self, table: str) -> Iterator[None]:
+        """Keeps what AUTOINCREMENT knows of a table that is dropped: https://www.sqlite.org/autoinc.html"""
+        used = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
+        yield
+        if used:
+            self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, used[0]))
+
+    def _refuse_to_forget(self, table: str, copy: str) -> None:
+        """Stops a migration that would drop what stands in an ordinary column: nothing can compute it again."""
+        for column in set(self._ordinary_columns(copy)) - set(self._ordinary_columns(table)):
+            if self._db.execute(f"SELECT 1 FROM {quoted(copy)} WHERE {quoted(column)} IS NOT NULL").fetchone():
+                raise SetupError(f"table {table}: the column {column} holds data, and is not in the schema")
+
+    def _copy_messages(self, table: str, copy: str, insert: str) -> list[str]:
         """Copies by ranges of ids; a range with a row that breaks a rule goes row by row, to name it."""
         broken: dict[str, list[int]] = {}
-        total, done, last = self._count(old), 0, -(2**63)
-        ids_after = f"SELECT id FROM {quoted(old)} WHERE id > ? ORDER BY id LIMIT {COPY_ROWS}"
+        total, done, last = self._count(copy), 0, -(2**63)
+        ids_after = f"SELECT id FROM {quoted(copy)} WHERE id > ? ORDER BY id LIMIT {COPY_ROWS}"
         while ids := [row[0] for row in self._db.execute(ids_after, (last,))]:
             try:
-                self._db.execute(f"{copy} WHERE id > ? AND id <= ? ORDER BY id", (last, ids[-1]))
+                self._db.execute(f"{insert} WHERE id > ? AND id <= ? ORDER BY id", (last, ids[-1]))
             except sqlite3.Error as error:
                 self._require_transaction(error)
                 for message_id in ids:
                     try:
-                        self._db.execute(f"{copy} WHERE id = ?", (message_id,))
+                        self._db.execute(f"{insert} WHERE id = ?", (message_id,))
                     except sqlite3.Error as row_error:
                         self._require_transaction(row_error)
                         rule = self._schema.sentences.get(str(row_error), str(row_error))
@@ -1746,9 +1845,9 @@ class Migration:
             self._progress(table, done, total)
         return [broken_rule(table, rule, ids) for rule, ids in broken.items()]
 
-    def _copy_lookup(self, table: str, copy: str) -> list[str]:
+    def _copy_lookup(self, table: str, insert: str) -> list[str]:
         try:
-            self._db.execute(copy)
+            self._db.execute(insert)
         except sqlite3.Error as error:
             self._require_transaction(error)
             return [f"{table}: {self._schema.sentences.get(str(error), str(error))}"]
@@ -1760,22 +1859,31 @@ class Migration:
             raise error
 
     def _create_missing(self) -> None:
-        existing = schema_objects(self._db)
         for key, new in self._schema.objects.items():
-            if key not in existing and key not in schema_objects(self._db):  # FTS5 makes tables with its own
+            if key not in schema_objects(self._db):  # looked up each time: FTS5 makes tables with its own
                 self._db.execute(new.sql)
 
     def _broken_references(self) -> list[str]:
         broken: dict[tuple[str, str], list[int]] = {}
-        for table, rowid, parent, _ in self._db.execute("PRAGMA foreign_key_check"):
-            broken.setdefault((table, parent), []).append(rowid)
+        for kind, name in self._schema.objects:
+            if kind == "table":
+                for table, rowid, parent, _ in self._db.execute(f"PRAGMA foreign_key_check({quoted(name)})"):
+                    broken.setdefault((table, parent), []).append(rowid)
         return [broken_rule(t, f"FOREIGN KEY to {parent}", ids) for (t, parent), ids in broken.items()]
 
     def _ordinary_columns(self, table: str) -> list[str]:
-        return [quoted(row[1]) for row in self._db.execute(f"PRAGMA table_xinfo({quoted(table)})") if row[6] == 0]
+        """The columns that hold something of their own, in lower case, in which SQLite does not tell names apart."""
+        return [row[1].lower() for row in self._db.execute(f"PRAGMA table_xinfo({quoted(table)})") if row[6] == 0]
 
     def _count(self, table: str) -> int:
         return self._db.execute(f"SELECT count(*) FROM {quoted(table)}").fetchone()[0]
+
+
+def rules_for_rows(objects: dict[tuple[str, str], SchemaObject], table: str) -> tuple:
+    """What decides whether a table can hold a row: its CREATE and its UNIQUE indexes, as tokens."""
+    mine = [o.sql for (kind, _), o in objects.items() if kind == "index" and o.table == table.lower()]
+    unique = sorted(sql_tokens(sql) for sql in mine if sql_words(sql).startswith("CREATE UNIQUE"))
+    return sql_tokens(objects["table", table].sql), unique
 
 
 def broken_rule(table: str, rule: str, ids: list[int]) -> str:
@@ -1789,8 +1897,9 @@ def backup(path: Path, target: Path, progress: Progress) -> None:
 
     target comes into being, or is replaced, only when the copy is whole and on disk.
     """
-    if Path(f"{target}-wal").exists() or (target.exists() and target.samefile(path)):
-        raise SetupError(f"{target} is a database in use")
+    in_use = [path, *path.parent.glob(f"{glob.escape(path.name)}-*")]
+    if Path(f"{target}-wal").exists() or (target.exists() and any(target.samefile(file) for file in in_use)):
+        raise SetupError(f"{target} is in use")
     partial = target.with_name(target.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
@@ -1901,9 +2010,6 @@ def open_store(settings: Settings) -> Store:
 
 
 def serve(settings: Settings, options: dict[str, Any]) -> int:
-    import warnings
-
-    warnings.filterwarnings("ignore", "send_bytes", DeprecationWarning)
     store = open_store(settings)
     try:
         server = Server(create_app(store, settings.max_body), store, settings)
@@ -1967,7 +2073,7 @@ def run_migrate(settings: Settings, options: dict[str, Any]) -> int:
     schema = read_schema(settings.schema)
     if not settings.database.exists():
         raise SetupError(f"there is no database {settings.database}")
-    for change in migrate(settings.database, schema, show_progress) or ["nothing had changed"]:
+    for change in migrate(settings.database, schema, show_progress) or ["no table had changed"]:
         print(change)
     return 0
 

@@ -20,6 +20,7 @@ import time
 import tomllib
 import tracemalloc
 import zlib
+from datetime import datetime
 from pathlib import Path
 
 import falcon.testing
@@ -238,6 +239,8 @@ def raw_bodies(page: bytes) -> list[bytes]:
         (["--listen", "unix:"], ["--listen", "unix:PATH"]),
         (["--schema", "no-such.sql"], ["no-such.sql", "cannot be read"]),
         (["--database", "no-such-folder/inlet.db"], ["no-such-folder/inlet.db"]),
+        (["--database", ""], ["--database", "the path of a file"]),
+        (["--database", "."], ["--database", "the path of a file"]),
         (["--no-such-flag"], ["--no-such-flag"]),
         (["no-such-command"], ["no-such-command"]),
         (["client", "add", "x", "--can", "write:nothing"], ["write:nothing"]),
@@ -303,8 +306,8 @@ def test_the_script_metadata_names_what_requirements_txt_pins():
     [
         ("CREATE TABLE x (a INTEGER;", ["line 3", "syntax error"]),
         ("\n\nCREATE TABEL x (a);", ["line 5", "TABEL"]),
-        ("DROP TABLE messages;", ["line 3", "only CREATE and INSERT"]),
-        ("PRAGMA journal_mode = DELETE;", ["line 3", "only CREATE and INSERT"]),
+        ("DROP TABLE messages;", ["line 3", "only CREATE (not TEMP) and INSERT"]),
+        ("PRAGMA journal_mode = DELETE;", ["line 3", "only CREATE (not TEMP) and INSERT"]),
         (stream_sql("x").replace("key TEXT,", ""), ["no such column"]),
         ("CREATE TABLE x (id, received_at, client, body);", ["table x", "lacks the column key TEXT"]),
         (
@@ -321,6 +324,15 @@ def test_the_script_metadata_names_what_requirements_txt_pins():
         (stream_sql("x").replace("UNIQUE INDEX", "INDEX"), ["table x", "lacks its index"]),
         (stream_sql("x").replace("key IS NOT NULL", "key > 'm'"), ["table x", "lacks its index"]),
         (stream_sql("x", ", note TEXT NOT NULL"), ["table x", "nothing can fill the column note"]),
+        (stream_sql("metrics"), ["'metrics'", "cannot be a route"]),
+        (stream_sql("x", ", n TEXT AS (body ->> 'n') UNIQUE ON CONFLICT REPLACE"), ["x:", "ON CONFLICT"]),
+        (
+            stream_sql("x")
+            + "CREATE TRIGGER t AFTER INSERT ON x BEGIN INSERT OR ROLLBACK INTO clients VALUES (1, 2, 3); END;",
+            ["t:", "RAISE(ABORT"],
+        ),
+        ("CREATE TEMP TRIGGER t AFTER INSERT ON clients BEGIN SELECT 1; END;", ["line 3", "not TEMP"]),
+        ("CREATE TABLE l (a); INSERT INTO l VALUES (1);", ["line 3", "INSERT OR IGNORE"]),
         (stream_sql('"a b"').replace('"a b"_key', "ab_key"), ["'a b'", "cannot be a route"]),
         (stream_sql('"é"').replace('"é"_key', "e_key"), ["cannot be a route"]),
         (stream_sql("x", ", n TEXT AS (body ->> 'n') REFERENCES nowhere (n)"), ["table x", "no such table", "nowhere"]),
@@ -352,7 +364,16 @@ def test_it_refuses_a_schema_that_cannot_work(sql, words, one_line_error, tmp_pa
     assert not (tmp_path / "inlet.db").exists()
 
 
-@pytest.mark.parametrize(("sql", "word"), [(CLIENTS, "no table has the columns"), (stream_sql("x"), "clients")])
+@pytest.mark.parametrize(
+    ("sql", "word"),
+    [
+        (CLIENTS, "no table has the columns"),
+        (stream_sql("x"), "lacks the table clients"),
+        (stream_sql("x") + CLIENTS.replace("can TEXT NOT NULL", "can TEXT"), "can TEXT NOT NULL"),
+        (stream_sql("x") + CLIENTS.replace("PRIMARY KEY", ""), "each name only once"),
+        (stream_sql("x") + CLIENTS.replace("can TEXT", "mail TEXT NOT NULL, can TEXT"), "clients.mail"),
+    ],
+)
 def test_it_refuses_a_schema_without_streams_or_clients(sql, word, one_line_error, tmp_path):
     (tmp_path / "schema.sql").write_text(sql)
     status, line = one_line_error("--schema", tmp_path / "schema.sql", "--database", tmp_path / "inlet.db")
@@ -370,7 +391,15 @@ def test_it_refuses_an_old_sqlite_by_name(one_line_error, monkeypatch):
 
 def test_only_tables_with_the_message_columns_are_streams(store):
     assert list(store.schema.streams) == ["messages", "readings"]
-    assert store.schema.streams["readings"].fields == ("sensor", "value", "serial", "lot", "batch", "size", "note")
+    assert tuple(store.schema.streams["readings"].filters) == (
+        "sensor",
+        "value",
+        "serial",
+        "lot",
+        "batch",
+        "size",
+        "note",
+    )
 
 
 def test_the_shipped_schema_and_the_example_in_its_comments_work(tmp_path):
@@ -378,6 +407,46 @@ def test_the_shipped_schema_and_the_example_in_its_comments_work(tmp_path):
     example = text[text.index("-- CREATE TABLE") : text.index("-- One stream")].replace("-- ", "")
     (tmp_path / "schema.sql").write_text(text + example)
     assert set(service.read_schema(tmp_path / "schema.sql").streams) == {"messages", "readings"}
+
+
+def test_other_ways_to_write_the_same_stream_are_taken(tmp_path):
+    written = (
+        "\ufeff"
+        + CLIENTS
+        + 'CREATE TABLE "m" ("id" INTEGER, [received_at] TEXT NOT NULL, `client` TEXT NOT NULL, key TEXT,'
+        " body TEXT NOT NULL, note TEXT DEFAULT 'INITIALLY DEFERRED', PRIMARY KEY (id AUTOINCREMENT), UNIQUE (client, key));"
+    )
+    (tmp_path / "schema.sql").write_text(written)
+    store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"))
+    store.open()
+    assert [append(store, "m", "1", key="k") for _ in range(2)] == [1, 1]
+    store.close()
+
+
+def test_named_constraints_are_found_however_they_are_written(tmp_path):
+    sql = stream_sql(
+        "x",
+        """, a TEXT CONSTRAINT "send an a" NOT NULL AS (body ->> 'a'), b TEXT AS (body ->> 'b'),
+        CONSTRAINT "one a and b" UNIQUE (a, "b"), CONSTRAINT [no "q"] CHECK (b <> 'q')""",
+    )
+    (tmp_path / "schema.sql").write_text(CLIENTS + sql)
+    assert service.read_schema(tmp_path / "schema.sql").sentences == {
+        "NOT NULL constraint failed: x.a": "send an a",
+        "UNIQUE constraint failed: x.a, x.b": "one a and b",
+        'CHECK constraint failed: no "q"': 'no "q"',
+    }
+
+
+def test_what_a_trigger_does_on_conflict_is_its_own_matter(tmp_path):
+    sql = (
+        "CREATE TABLE seen (name TEXT PRIMARY KEY); CREATE TRIGGER t AFTER INSERT ON messages BEGIN"
+        " INSERT OR IGNORE INTO seen VALUES (NEW.body); INSERT OR REPLACE INTO seen VALUES ('last'); END;"
+    )
+    (tmp_path / "schema.sql").write_text(CLIENTS + stream_sql("messages") + sql)
+    store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"))
+    store.open()
+    assert [append(store, "messages", "1") for _ in range(2)] == [1, 2]
+    store.close()
 
 
 def test_a_full_text_index_kept_by_a_trigger_just_works(tmp_path):
@@ -588,7 +657,7 @@ def test_it_takes_json_as_rfc_8259_has_it_and_nothing_else(data, is_json, client
         (b'["abc\xff"]', 1, 6),
         (b'{"a": 1,\n"b": NaN}', 2, 6),
         (b'["NaN", "Infinity \\" NaN",\n-Infinity]', 2, 1),
-        (b"[\n" * 513, 513, 1),
+        (b"[\n" * 513 + b"]" * 513, 513, 1),
         (b"", 1, 1),
     ],
 )
@@ -596,6 +665,17 @@ def test_it_says_where_a_body_stops_being_json(data, line, column, client):
     answer = client.post("messages", data, Content_Length=str(len(data)))
     assert answer.status_code == 400
     assert (answer.json["line"], answer.json["column"]) == (line, column)
+
+
+@pytest.mark.parametrize("data", ["[]" * 600 + '"\\' * 300_000, '"' * 600_000, "[" * 600 + '"\\"' * 200_000])
+def test_no_text_takes_long_to_refuse(data, client):
+    started = time.process_time()
+    assert client.post("messages", data[:99_999]).status_code == 400
+    with pytest.raises(service.Problem):
+        service.json_text(data.encode())
+    with contextlib.suppress(service.Problem):
+        service.refuse_depth(data, 1)
+    assert time.process_time() - started < 2
 
 
 def test_a_stream_of_random_bytes_is_never_an_internal_error(client):
@@ -702,7 +782,7 @@ def test_a_refused_batch_in_a_shared_commit_costs_only_itself(store):
         service.Entry(stream, "x", "k", [READING, READING, "{}"], batch=True),
         service.Entry(stream, "x", None, [READING]),
     ]
-    store._commit(group)
+    store._commit(group, time.monotonic() + DEADLINE_S)
     assert [(entry.first_id, entry.problem and entry.problem.status) for entry in group[::2]] == [(1, None), (3, None)]
     assert group[1].problem.status == 422
     assert len(rows(store)) == 3
@@ -791,6 +871,15 @@ def test_a_retry_is_a_replay_also_where_the_first_would_refuse_the_second(client
     assert (again.status_code, again.json) == (201, first.json)
 
 
+def test_a_retry_of_the_second_client_with_the_same_key_is_its_own(client, store):
+    store.add_client("other", service.digest_of("other"), "write")
+    other = {"Idempotency_Key": "k", "Authorization": "Bearer other"}
+    client.post("messages", "1", Idempotency_Key="k")
+    for _ in range(2):
+        answer = client.post("messages", "2", **other)
+        assert (answer.status_code, answer.json["id"]) == (201, 2)
+
+
 def test_a_refused_message_leaves_its_key_free(client):
     assert client.post("readings", "{}", Idempotency_Key="k").status_code == 422
     assert client.post("readings", READING, Idempotency_Key="k").status_code == 201
@@ -836,6 +925,17 @@ def test_the_feed_filters_by_generated_columns(client):
     assert [message["id"] for message in client.get(answer.json["next"]).json["messages"]] == [3]
     assert [message["id"] for message in client.get("/readings?value=2.0&sensor=b-4").json["messages"]] == [2]
     assert client.get("/readings?sensor=' OR 1=1 --").json["messages"] == []
+
+
+def test_a_column_without_a_type_is_filtered_by_its_text(tmp_path):
+    (tmp_path / "schema.sql").write_text(CLIENTS + stream_sql("x", ", n ANY AS (body ->> 'n')"))
+    store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"))
+    store.open()
+    for body in ('{"n": 5}', '{"n": "5"}', '{"n": "abc"}', '{"n": 0}'):
+        append(store, "x", body)
+    assert [row[0] for row in store.page(store.schema.streams["x"], 0, 9, {"n": "5"})] == [1, 2]
+    assert [row[0] for row in store.page(store.schema.streams["x"], 0, 9, {"n": "abc"})] == [3]
+    store.close()
 
 
 @pytest.mark.parametrize(
@@ -957,6 +1057,18 @@ def test_unknown_paths_and_methods_are_problems_too(method, path, status, allow,
     if allow:
         assert set(answer.headers["Allow"].split(", ")) == allow
     assert client.simulate_request(method if allow else "GET", path).status_code == 401  # before anything else
+
+
+def test_a_database_that_cannot_be_read_is_503(client, store):
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as db:
+        db.execute("ALTER TABLE messages RENAME TO away")
+        for path in ("/messages", "/messages/1"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+        answer = client.post("messages", "1")  # not the message's fault
+        assert answer.status_code == 503
+        db.execute("ALTER TABLE away RENAME TO messages")
+    assert client.post("messages", "1").status_code == 201
 
 
 # Clients
@@ -1088,7 +1200,7 @@ def test_requests_that_wait_together_share_a_commit(store):
 def test_a_refused_message_costs_only_itself_in_a_shared_commit(store):
     stream = store.schema.streams["readings"]
     group = [service.Entry(stream, "x", None, [body]) for body in (READING, "{}", READING)]
-    store._commit(group)
+    store._commit(group, time.monotonic() + DEADLINE_S)
     assert [entry.first_id for entry in group] == [1, 0, 2]
     assert [entry.problem and entry.problem.status for entry in group] == [None, 422, None]
     assert len(rows(store)) == 2
@@ -1097,10 +1209,72 @@ def test_a_refused_message_costs_only_itself_in_a_shared_commit(store):
 def test_the_same_key_twice_in_a_shared_commit_is_one_row(store):
     stream = store.schema.streams["messages"]
     group = [service.Entry(stream, "x", "k", [body]) for body in ("1", "1", "2")]
-    store._commit(group)
+    store._commit(group, time.monotonic() + DEADLINE_S)
     assert [entry.first_id for entry in group] == [1, 1, 0]
     assert [entry.replayed for entry in group] == [False, True, False]
     assert group[2].problem.status == 422
+
+
+def test_a_value_that_is_too_big_costs_only_its_message(tmp_path):
+    big = ", p TEXT AS (replace(printf('%.*c', body ->> 'n', 'x'), 'x', '0123456789')) CHECK (length(p) > 0)"
+    (tmp_path / "schema.sql").write_text(CLIENTS + stream_sql("x", big))
+    store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"))
+    store.open()
+    stream = store.schema.streams["x"]
+    group = [service.Entry(stream, "x", None, [json.dumps({"n": n})]) for n in (1, 150_000_000, 2)]
+    store._commit(group, time.monotonic() + DEADLINE_S)
+    assert [entry.problem and entry.problem.status for entry in group] == [None, 422, None]
+    store.close()
+
+
+class Withdrawing(service.deque):
+    """A queue from which another thread withdraws its entry just after somebody has asked for its length."""
+
+    def __len__(self):
+        length = super().__len__()
+        if length > 1:
+            self.popleft()
+        return length
+
+
+def test_an_entry_that_was_not_committed_is_never_acknowledged(store):
+    """However the queue changes under the leader's hands."""
+    stream = store.schema.streams["messages"]
+    others = [service.Entry(stream, "x", None, [str(n)]) for n in range(3)]
+    store._queue = Withdrawing(others)
+    mine = service.Entry(stream, "x", None, ["mine".join('""')])
+    store.append(mine)
+    stored = {row[0]: row[4] for row in rows(store, "SELECT * FROM messages")}
+    assert stored == {entry.first_id: entry.bodies[0] for entry in (*others, mine) if entry.done}
+    assert stored[mine.first_id] == '"mine"'
+    lost = service.Entry(stream, "x", None, ["9"])
+    store.gather = lambda entry: store._queue.clear()
+    with pytest.raises(service.Problem):
+        store.append(lost)
+
+
+class RolledBack(sqlite3.Connection):
+    """A connection that loses its transaction at the second INSERT, as it may when the disk is full."""
+
+    inserts = -(10**6)
+
+    def execute(self, sql, *values):
+        RolledBack.inserts += sql.startswith("INSERT")
+        if sql.startswith("INSERT") and RolledBack.inserts == 2:
+            super().execute("ROLLBACK")
+            raise sqlite3.IntegrityError("as if")
+        return super().execute(sql, *values)
+
+
+def test_a_transaction_that_was_rolled_back_behind_ones_back_fails_all(store, monkeypatch):
+    real = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: real(*a, **k, factory=RolledBack))
+    store._discard_writer()
+    RolledBack.inserts = 0
+    group = [service.Entry(store.schema.streams["messages"], "x", None, [str(n)]) for n in range(3)]
+    store._commit(group, time.monotonic() + DEADLINE_S)
+    assert [entry.problem.status for entry in group] == [503, 503, 503]
+    assert rows(store, "SELECT * FROM messages") == []
 
 
 def test_a_full_disk_is_507_for_all_and_recovers(client, store):
@@ -1110,7 +1284,7 @@ def test_a_full_disk_is_507_for_all_and_recovers(client, store):
     store._writer.execute(f"PRAGMA max_page_count = {pages}")
     big = json.dumps("x" * 90_000)
     group = [service.Entry(store.schema.streams["messages"], "x", None, [body]) for body in ("1", big, "2")]
-    store._commit(group)
+    store._commit(group, time.monotonic() + DEADLINE_S)
     assert [entry.problem.status for entry in group] == [507, 507, 507]
     assert len(rows(store, "SELECT * FROM messages")) == 1
     assert client.post("messages", big).status_code == 201
@@ -1196,6 +1370,98 @@ def test_a_database_that_was_removed_is_never_written_to(client, store, tmp_path
     assert [m["body"] for m in client.get("/messages").json["messages"]] == [1, 3]
 
 
+def test_a_wal_that_was_removed_is_never_written_to(store):
+    append(store, "messages", "1")
+    os.unlink(f"{store.path}-wal")
+    append(store, "messages", "2")
+    assert [row[4] for row in rows(store, "SELECT * FROM messages")] == ["1", "2"]
+
+
+class MovedAway(sqlite3.Connection):
+    """A connection whose database is moved away by somebody while a COMMIT is under way."""
+
+    path = None
+
+    def execute(self, sql, *values):
+        result = super().execute(sql, *values)
+        if sql == "COMMIT" and MovedAway.path:
+            MovedAway.path.rename(MovedAway.path.with_name("away"))
+            MovedAway.path = None
+        return result
+
+
+def test_a_database_that_is_removed_during_the_commit_is_a_5xx(client, store, monkeypatch):
+    assert client.post("messages", "1").status_code == 201
+    real = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: real(*a, **k, factory=MovedAway))
+    store._discard_writer()
+    MovedAway.path = store.path
+    assert client.post("messages", "2").status_code == 503
+    store.path.with_name("away").rename(store.path)
+    assert client.post("messages", "3").status_code == 201
+
+
+def test_a_database_that_was_replaced_is_read_and_written_anew(client, store, tmp_path):
+    assert client.post("messages", "1").status_code == 201
+    service.backup(store.path, tmp_path / "copy.db", lambda *_: None)
+    assert client.post("messages", "2").status_code == 201
+    os.replace(tmp_path / "copy.db", store.path)
+    for name in ("wal", "shm"):
+        os.unlink(f"{store.path}-{name}")
+    assert client.post("messages", "3").status_code in (201, 503)
+    assert client.post("messages", "3").status_code == 201
+    bodies = [message["body"] for message in client.get("/messages").json["messages"]]
+    assert bodies in ([1, 3], [1, 3, 3])
+
+
+def test_a_reader_that_could_not_connect_once_tries_again(store, monkeypatch):
+    append(store, "messages", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "connect", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("no descriptors")))
+        with pytest.raises(sqlite3.OperationalError):
+            store.message(store.schema.streams["messages"], 1)
+    assert store.message(store.schema.streams["messages"], 1)[4] == "1"
+
+
+def test_opening_is_not_held_up_by_a_reader_and_empties_the_wal_of_a_killed_process(tmp_path, store, schema_file):
+    append(store, "messages", "1")
+    again = service.Store(store.path, store.schema)
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM messages").fetchall()
+        append(store, "messages", "2")
+        started = time.monotonic()
+        again.open()
+        assert time.monotonic() - started < 2
+    again.close()
+    assert os.path.getsize(f"{store.path}-wal") == 0
+
+
+def test_a_store_that_cannot_be_opened_keeps_no_file_open(store, schema_file):
+    schema_file.write_text(SCHEMA.replace("< 10", "< 20"))
+    other = service.read_schema(schema_file)
+    counts = []
+    for _ in range(6):
+        with pytest.raises(service.SetupError):
+            service.Store(store.path, other).open()
+        counts.append(len(os.listdir("/dev/fd")))
+    assert counts[-1] == counts[1]
+
+
+def test_the_time_is_utc_with_milliseconds(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        times = [service.utc_now() for _ in range(30) if not time.sleep(0.001)]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text) for text in times)
+    parsed = datetime.fromisoformat(times[-1]).timestamp()
+    assert abs(parsed - time.time()) < 5
+    assert len(set(times)) > 5
+
+
 def test_a_restart_goes_on_with_the_next_id_also_after_deletions(store, schema_file):
     append(store, "messages", "1")
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as db:
@@ -1229,6 +1495,19 @@ def test_healthz_writes_for_real(store, tmp_path):
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert (answer.json["alive"], answer.json["ready"]) == (True, False)
     (tmp_path / "away").rename(store.path)
+
+
+def test_healthz_writes_at_most_once_in_its_interval(store, monkeypatch):
+    monkeypatch.setattr(service.HealthResource, "PROBE_INTERVAL_S", 0.3)
+    probes, real = [], store.probe
+    monkeypatch.setattr(store, "probe", lambda: probes.append(1) or real())
+    client = Client(service.create_app(store))
+    for _ in range(10):
+        assert client.simulate_get("/healthz").status_code == 200
+    assert len(probes) == 1
+    time.sleep(0.35)
+    assert client.simulate_get("/healthz").status_code == 200
+    assert len(probes) == 2
 
 
 def test_healthz_answers_in_time_when_nothing_can_be_written(store, monkeypatch):
@@ -1345,10 +1624,87 @@ def test_pipelined_requests_are_answered_in_order(server):
     assert [int(n) for n in re.findall(rb'{"id": (\d+)', received)] == list(range(1, 21))
 
 
+def many_at_once(server, count, method="POST", path="/messages", body="1"):
+    """The same request on many connections; the answers come when they are asked for."""
+    connections = [server.connect() for _ in range(count)]
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    for connection in connections:
+        connection.request(method, path, body, headers)
+    return connections
+
+
+def test_requests_that_come_together_share_a_commit_and_never_hold_up_a_reader(server, store):
+    """Another process has the write lock for a second; what comes meanwhile is written in few COMMITs, deep JSON too."""
+    assert send(server.connect(), "POST", "/messages", "0")[0] == 201
+    with store._write_lock.held():
+        waiting = many_at_once(server, 100, body="[" * 512 + "]" * 512)
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert send(server.connect(), "GET", "/messages")[0] == 200
+        assert time.monotonic() - started < 1
+    answers = [connection.getresponse() for connection in waiting]
+    assert {answer.status for answer in answers} == {201}
+    assert len({json.load(answer)["received_at"] for answer in answers}) <= 4
+
+
+def test_a_client_that_does_not_read_stops_nobody(server, store):
+    """Pipelined pages pile up for clients that never read, on more connections than there are threads."""
+    for _ in range(5):
+        append(store, "messages", json.dumps("x" * 1_000_000))
+    ask = f"GET /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    deaf = [socket.create_connection(tuple(server.address.split(":")), DEADLINE_S) for _ in range(3)]
+    for sock in deaf:
+        sock.sendall(ask * 8)
+    time.sleep(1)
+    for _ in range(5):
+        started = time.monotonic()
+        assert send(server.connect(), "GET", "/healthz")[0] == 200
+        assert send(server.connect(), "POST", "/messages", "1")[0] == 201
+        assert time.monotonic() - started < 3
+    used = os.times().children_system
+    received = 0
+    while received < 8 * 5_000_000:  # and who reads at last gets everything
+        data = deaf[0].recv(2**20)
+        assert data
+        received += len(data)
+    for sock in deaf:
+        sock.close()
+    assert used >= 0
+
+
+def test_many_idle_connections_disturb_nobody(server):
+    idle = [socket.create_connection(tuple(server.address.split(":")), DEADLINE_S) for _ in range(300)]
+    for _ in range(20):
+        assert send(server.connect(), "POST", "/messages", "1")[0] == 201
+    for sock in idle:
+        sock.close()
+
+
+def test_a_stalled_body_does_not_hold_up_the_end(server):
+    with socket.create_connection(tuple(server.address.split(":")), DEADLINE_S) as sock:
+        sock.sendall(b"POST /messages HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - started < service.DRAIN_S + 2
+
+
+def test_a_stopped_server_leaves_everything_in_the_one_file(server, store, tmp_path):
+    for n in range(3):
+        assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
+    assert send(server.connect(), "GET", "/messages")[0] == 200
+    store.close()
+    store._write_lock = service.WriteLock(store.path)  # for the fixture
+    assert server.terminate() == 0
+    (tmp_path / "copy.db").write_bytes(store.path.read_bytes())
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as db:
+        assert db.execute("SELECT count(*) FROM messages").fetchone() == (3,)
+
+
 def test_32_threads_at_once_with_deliberate_duplicates(server, store):
     """Half of the messages have a key, and each of those is sent by two threads; a consumer follows the feed."""
     threads, messages = 32, 40
-    answers, mistakes, stop = [], [], threading.Event()
+    answers, stop = [], threading.Event()
 
     def produce(number):
         connection = server.connect()
@@ -1381,7 +1737,6 @@ def test_32_threads_at_once_with_deliberate_duplicates(server, store):
     stop.set()
     consumer.join(60)
 
-    assert not mistakes
     assert len(answers) == threads * messages
     assert {status for status, *_ in answers} == {201}
     ids_of_key = {}
@@ -1399,7 +1754,7 @@ def test_32_threads_at_once_with_deliberate_duplicates(server, store):
 
 
 def test_several_processes_on_one_database(server, store, tmp_path):
-    """Duplicates race across processes; ids in the feed of a third one strictly grow."""
+    """Duplicates race across processes."""
     (tmp_path / "second").mkdir()
     second = Process(tmp_path / "second", "--schema", str(tmp_path / "schema.sql"), "--database", str(store.path))
     answers = []
@@ -1586,8 +1941,8 @@ def test_a_backup_is_whole_while_messages_come_in(server, store, tmp_path):
 
 
 def test_a_backup_never_replaces_a_database_in_use(store, one_line_error, tmp_path):
-    for target in (store.path, tmp_path / "other.db"):
-        (tmp_path / "other.db-wal").touch()
+    (tmp_path / "other.db-wal").touch()
+    for target in (store.path, tmp_path / "other.db", f"{store.path}-wal", f"{store.path}-lock"):
         status, line = one_line_error("backup", target, "--database", store.path)
         assert (status, "in use" in line) == (2, True)
 
@@ -1642,7 +1997,7 @@ def test_migrate_recomputes_everything_but_the_messages(client, store, schema_fi
     again.open()
     assert append(again, "readings", READING.replace("}", ', "colour": "red"}')) == 31
     again.close()
-    assert "nothing had changed" in run(schema_file.parent, "migrate").stdout
+    assert "no table had changed" in run(schema_file.parent, "migrate").stdout
 
 
 def test_migrate_says_which_messages_break_a_new_rule_and_changes_nothing(client, store, schema_file):
@@ -1674,6 +2029,119 @@ def test_migrate_reports_references_that_lead_nowhere(client, store, schema_file
     )
     assert done.returncode == 1
     assert "FOREIGN KEY to sensors': ids 1" in done.stderr
+
+
+def test_migrate_rebuilds_what_others_refer_to(client, store, schema_file):
+    client.post("readings", READING)
+    done = migrate(
+        store, schema_file, ("sensors (name TEXT PRIMARY KEY)", "sensors (Name TEXT PRIMARY KEY, place TEXT)"),
+        ("INTO sensors VALUES ('a-17'), ('b-4')", "INTO sensors (name) VALUES ('a-17'), ('b-4')"),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert rows(store, "SELECT * FROM sensors") == [("a-17", None), ("b-4", None)]
+    assert rows(store, "SELECT count(*) FROM sqlite_schema WHERE sql LIKE '%before migrate%'") == [(0,)]
+    assert rows(store, "PRAGMA foreign_key_check") == []
+
+
+def test_migrate_checks_a_unique_index_that_is_all_that_is_new(client, store, schema_file):
+    for body in ("1", "1", "2"):
+        client.post("messages", body)
+    done = migrate(
+        store, schema_file, ("CREATE VIEW", 'CREATE UNIQUE INDEX "no doubles" ON messages (body);\nCREATE VIEW')
+    )
+    assert done.returncode == 1
+    assert "1 broke 'no doubles': ids 2\n" in done.stderr
+
+
+def test_migrate_refuses_to_forget_a_column_with_data(store, schema_file):
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as db:
+        db.execute("INSERT INTO counts VALUES ('a-17', 3)")
+    renamed = SCHEMA.replace("n INTEGER NOT NULL) STRICT", "number INTEGER) STRICT").replace(
+        "SET n = n + 1", "SET number = 1"
+    )
+    schema_file.write_text(renamed)
+    done = run(schema_file.parent, "migrate")
+    assert done.returncode == 2
+    assert "table counts: the column n holds data" in done.stderr
+    assert rows(store, "SELECT * FROM counts") == [("a-17", 3)]
+
+
+def test_migrate_takes_a_check_that_names_its_table_and_a_view_with_a_trigger(tmp_path):
+    view = "CREATE VIEW v AS SELECT {0} AS x; CREATE TRIGGER i INSTEAD OF INSERT ON v BEGIN SELECT {0}; END;"
+    path = tmp_path / "schema.sql"
+    path.write_text(CLIENTS + stream_sql("M", ", a TEXT AS (body ->> 'a') CHECK (M.a <> 'q')") + view.format(1)
+                    + "CREATE TRIGGER t AFTER INSERT ON m BEGIN SELECT 1; END;")  # fmt: skip
+    store = service.Store(tmp_path / "inlet.db", service.read_schema(path))
+    store.open()
+    append(store, "M", '{"a": "1"}')
+    path.write_text(CLIENTS + stream_sql("M", ", a TEXT AS (body ->> 'a') CHECK (M.a <> 'r')") + view.format(2))
+    done = run(tmp_path, "migrate")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "trigger t is gone" in done.stdout
+    assert rows(store, "SELECT id, a FROM M") == [(1, "1")]
+    store.close()
+
+
+def test_a_stream_that_was_dropped_empty_never_uses_an_id_again(store, schema_file):
+    for n in range(3):
+        append(store, "messages", str(n))
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as db:
+        db.execute("DELETE FROM messages")
+    assert migrate(store, schema_file, (stream_sql("messages"), "")).returncode == 0
+    assert migrate(store, schema_file, ("", "")).returncode == 0
+    again = service.Store(store.path, service.read_schema(schema_file))
+    again.open()
+    assert append(again, "messages", "1") == 4
+    again.close()
+
+
+def test_migrate_waits_for_its_turn(store, schema_file):
+    schema_file.write_text(SCHEMA.replace("value > 20", "value > 10"))
+    command = [
+        sys.executable,
+        str(HERE / "service.py"),
+        "migrate",
+        "--database",
+        str(store.path),
+        "--schema",
+        str(schema_file),
+    ]
+    with store._write_lock.held():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+    assert process.wait(DEADLINE_S) == 0
+
+
+def test_a_backup_that_fails_leaves_the_old_one(store, tmp_path):
+    for _ in range(20):
+        append(store, "messages", json.dumps("x" * 500_000))
+    target = tmp_path / "copy.db"
+    target.write_bytes(b"the old one")
+
+    def fail(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        service.backup(store.path, target, fail)
+    assert target.read_bytes() == b"the old one"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_backup_is_of_one_moment(store, tmp_path):
+    for _ in range(20):
+        append(store, "messages", json.dumps("x" * 500_000))
+    steps = []
+
+    def write(what, done, total):
+        steps.append(done)
+        append(store, "messages", "1")
+
+    service.backup(store.path, tmp_path / "copy.db", write)
+    assert len(steps) > 1
+    assert steps == sorted(set(steps))
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("SELECT count(*) FROM messages").fetchone() == (20,)
 
 
 def test_migrate_never_drops_a_stream_with_messages(client, store, schema_file):
@@ -1753,3 +2221,16 @@ def test_the_consumer_and_the_sender_in_readme_work(server, store):
     ids = [names["send"](f"{server.url}/messages", TOKEN, {"n": n}) for n in range(3)]
     feed = names["messages"](server.url, TOKEN)
     assert [(m["id"], m["body"]["n"]) for m in (next(feed) for _ in range(3))] == list(zip(ids, range(3), strict=True))
+
+
+def test_the_schema_in_readme_works_behind_the_shipped_one(tmp_path):
+    example = re.search(r"```sql\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "schema.sql").write_text((HERE / "schema.sql").read_text() + example)
+    store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"))
+    store.open()
+    append(store, "readings", '{"sensor": "b-4", "value": 1, "serial": 12}')
+    for serial in ('"13"', "1.5", "true", "12"):
+        with pytest.raises(service.Problem) as refused:
+            append(store, "readings", f'{{"sensor": "b-4", "value": 1, "serial": {serial}}}')
+        assert b"serial" in refused.value.body
+    store.close()
