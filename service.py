@@ -848,13 +848,13 @@ class Store:
         return self._readers.db
 
     def page(self, stream: Stream, after: int, limit: int, filters: dict[str, str]) -> Iterator[tuple]:
-        """Rows (id, received_at, client, key, body) in commit order after an id; at most limit of them.
+        """Rows (id, received_at, client, key, body in bytes) in commit order after an id; at most limit of them.
 
         filters: generated columns and the values they must equal. Close the iterator to end its snapshot.
         """
         conditions = "".join(f" AND {stream.filters[field]}" for field in filters)
         cursor = self._reader().execute(
-            f'SELECT id, received_at, client, key, body FROM "{stream.name}"'
+            f'SELECT id, received_at, client, key, CAST(body AS BLOB) FROM "{stream.name}"'
             f" WHERE id > ?{conditions} ORDER BY id LIMIT ?",
             (after, *filters.values(), limit),
         )
@@ -862,12 +862,9 @@ class Store:
             yield from cursor
 
     def message(self, stream: Stream, message_id: int) -> tuple | None:
-        """The row (id, received_at, client, key, body) with an id, or None."""
-        return (
-            self._reader()
-            .execute(f'SELECT id, received_at, client, key, body FROM "{stream.name}" WHERE id = ?', (message_id,))
-            .fetchone()
-        )
+        """The row (id, received_at, client, key, body in bytes) with an id, or None."""
+        row = next(self.page(stream, message_id - 1, 1, {}), None)
+        return row if row and row[0] == message_id else None
 
     def clients(self) -> list[tuple[str, str, str]]:
         """(name, digest, grants) of every client, as the files on disk have it now."""
@@ -1237,18 +1234,19 @@ def wants_ndjson(req: falcon.Request) -> bool:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def envelope(row: tuple) -> str:
+def envelope(row: tuple) -> bytes:
     """A message as the feed gives it. The body is put in as it was sent: it is JSON already."""
     message_id, received_at, client, key, body = row
-    return (
+    head = (
         f'{{"id": {message_id}, "received_at": {json_string(received_at)}, "client": {json_string(client)},'
-        f' "key": {"null" if key is None else json_string(key)}, "body": {body}}}'
+        f' "key": {"null" if key is None else json_string(key)}, "body": '
     )
+    return b"%b%b}" % (head.encode(), body)
 
 
-def on_one_line(text: str) -> str:
+def on_one_line(message: bytes) -> bytes:
     """The same JSON without line breaks. JSON has them between tokens only, where a space means the same."""
-    return text.replace("\n", " ").replace("\r", " ")
+    return message.replace(b"\n", b" ").replace(b"\r", b" ")
 
 
 def mount_point(req: falcon.Request) -> str:
@@ -1292,20 +1290,20 @@ class StreamResource:
         resp.set_header("Link", f'<{next_page}>; rel="next"')
         if ndjson:
             resp.content_type = NDJSON_TYPES[0]
-            resp.data = "".join(on_one_line(message) + "\n" for message in messages).encode()
+            resp.data = b"".join(b"%b\n" % on_one_line(message) for message in messages)
         else:
-            resp.data = f'{{"messages": [{", ".join(messages)}], "next": {json_string(next_page)}}}'.encode()
+            resp.data = b'{"messages": [%b], "next": %b}' % (b", ".join(messages), json_string(next_page).encode())
 
     on_head = on_get
 
-    def _page(self, cursor: Cursor) -> tuple[list[str], int]:
+    def _page(self, cursor: Cursor) -> tuple[list[bytes], int]:
         """The messages of a page, and the id to go on after."""
         messages, size, last_id = [], 0, cursor.after
         with contextlib.closing(self._store.page(self._stream, cursor.after, cursor.limit, cursor.filters)) as rows:
             for row in rows:
                 messages.append(envelope(row))
-                last_id, body = row[0], row[4]
-                size += len(body) if body.isascii() else len(body.encode())
+                size += len(messages[-1])
+                last_id = row[0]
                 if size >= PAGE_BYTES:
                     break
         return messages, last_id
@@ -1324,7 +1322,7 @@ class MessageResource:
         row = self._store.message(self._stream, number) if number <= MAX_ID else None
         if row is None:
             raise Problem(404, "There is no message with this id.", stream=self._stream.name)
-        resp.data = envelope(row).encode()
+        resp.data = envelope(row)
 
     on_head = on_get
 

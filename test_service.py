@@ -1420,7 +1420,7 @@ def test_a_reader_that_could_not_connect_once_tries_again(store, monkeypatch):
         patch.setattr(service, "connect", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("no descriptors")))
         with pytest.raises(sqlite3.OperationalError):
             store.message(store.schema.streams["messages"], 1)
-    assert store.message(store.schema.streams["messages"], 1)[4] == "1"
+    assert store.message(store.schema.streams["messages"], 1)[4] == b"1"
 
 
 def test_opening_is_not_held_up_by_a_reader_and_empties_the_wal_of_a_killed_process(tmp_path, store, schema_file):
