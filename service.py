@@ -210,16 +210,15 @@ SQL_TOKEN = re.compile(
 )
 
 
-@dataclass(frozen=True)
 class Stream:
-    """A table that takes messages: its name, and for each generated column the SQL that filters by it."""
+    """A table that takes messages: its name, the SQL that inserts one (received_at, client, key, body), and for each
+    generated column the SQL that filters by it.
+    """
 
-    name: str
-    filters: dict[str, str]
-
-    @property
-    def insert(self) -> str:
-        return f'INSERT INTO "{self.name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
+    def __init__(self, name: str, filters: dict[str, str]):
+        self.name = name
+        self.filters = filters
+        self.insert = f'INSERT INTO "{name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
 
 
 class SchemaObject(NamedTuple):
@@ -570,7 +569,7 @@ class Entry:
     """What one request wants written, and then what became of it."""
 
     __slots__ = (
-        *("batch", "bodies", "client", "deadline", "done", "first_id", "key", "last_id", "problem"),
+        *("batch", "bodies", "client", "deadline", "done", "first_id", "key", "last_id", "line", "problem"),
         *("received_at", "replayed", "stream"),
     )
 
@@ -585,7 +584,7 @@ class Entry:
         self.problem: Problem | None = None
         self.replayed = False
         self.received_at = ""
-        self.first_id = self.last_id = 0
+        self.first_id = self.last_id = self.line = 0
 
 
 class Store:
@@ -752,22 +751,16 @@ class Store:
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> None:
         """Inserts the rows of one entry. A refusal is noted in it, and undoes that entry only."""
-        line = 0
-
-        def rows_after_the_first() -> Iterator[tuple]:
-            nonlocal line
-            for line, body in enumerate(entry.bodies[1:], 2):
-                yield received_at, entry.client, key_of_line(entry.key, line), body
-
-        if entry.batch:
-            db.execute("SAVEPOINT batch")
+        entry.line = 1
         try:
-            line = 1
+            if entry.batch:
+                db.execute("SAVEPOINT batch")
             values = (received_at, entry.client, entry.key, entry.bodies[0])
             entry.first_id = entry.last_id = db.execute(entry.stream.insert, values).lastrowid
             if entry.batch:
-                db.executemany(entry.stream.insert, rows_after_the_first())
+                db.executemany(entry.stream.insert, rows_after_the_first(entry, received_at))
                 (entry.last_id,) = db.execute("SELECT last_insert_rowid()").fetchone()
+                db.execute("RELEASE batch")
             entry.received_at = received_at
         except sqlite3.Error as error:
             # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
@@ -776,15 +769,14 @@ class Store:
                 raise
             if entry.batch:
                 db.execute("ROLLBACK TO batch")
-            if not self._settle(db, entry, line, error):
+                db.execute("RELEASE batch")
+            if not self._settle(db, entry, error):
                 raise
-        if entry.batch:
-            db.execute("RELEASE batch")
 
-    def _settle(self, db: sqlite3.Connection, entry: Entry, line: int, error: sqlite3.Error) -> bool:
+    def _settle(self, db: sqlite3.Connection, entry: Entry, error: sqlite3.Error) -> bool:
         """Decides an entry whose INSERT failed: a replay, or a refusal. False if the message is not the cause."""
         stored = self._stored_under_key(db, entry) if entry.key else []
-        members = {"stream": entry.stream.name} | ({"line": line} if entry.batch else {})
+        members = {"stream": entry.stream.name} | ({"line": entry.line} if entry.batch else {})
         if stored and [body for _, _, body in stored] == entry.bodies:
             entry.first_id, entry.received_at, _ = stored[0]
             entry.last_id = stored[-1][0]
@@ -891,6 +883,13 @@ class Store:
     def _change(self, sql: str, *values: str) -> bool:
         with self._lock, self._write_lock.held():
             return self._ready_writer().execute(sql, values).rowcount == 1
+
+
+def rows_after_the_first(entry: Entry, received_at: str) -> Iterator[tuple]:
+    """What is inserted for the lines of a batch from the second on; entry.line is the one under way."""
+    for line, body in enumerate(entry.bodies[1:], 2):
+        entry.line = line
+        yield received_at, entry.client, key_of_line(entry.key, line), body
 
 
 def key_of_line(key: str | None, line: int | str) -> str | None:

@@ -203,7 +203,17 @@ def wrk(peer, connections, seconds, method="POST", body=None, path=None, headers
         script = Path(folder) / "script.lua"
         script.write_text(LUA % {"method": method, "headers": "\n".join(lines), "body": text, "more": more})
         url = f"http://127.0.0.1:{port}{path or peer.path}"
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", "-s", str(script), url]
+        command = [
+            "wrk",
+            "-t1",
+            f"-c{connections}",
+            f"-d{max(1, round(seconds))}s",
+            "--timeout",
+            "20s",
+            "-s",
+            str(script),
+            url,
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:])
     figures["rate"] = figures["requests"] / figures["duration_us"] * 1e6
@@ -268,8 +278,8 @@ def rates(options):
 
 
 COUNTER = '''
-"""Counts SQL statements and, if asked, Python calls; writes them to BENCH_SQL_LOG at SIGUSR2."""
-import json, os, signal, sqlite3, sys, threading
+"""Counts SQL statements and, if asked, Python calls; writes them to BENCH_SQL_LOG ten times a second."""
+import json, os, sqlite3, sys, threading, time
 statements = calls = 0
 def count(statement):
     global statements
@@ -289,10 +299,16 @@ def profile(frame, event, argument):
 if os.environ.get("BENCH_CALLS"):
     threading.setprofile(profile)
     sys.setprofile(profile)
-def write(*_):
-    with open(os.environ["BENCH_SQL_LOG"] + str(os.getpid()), "w") as file:
-        json.dump({"statements": statements, "calls": calls}, file)
-signal.signal(signal.SIGUSR2, write)
+def write():
+    sys.setprofile(None)
+    while True:
+        with open(os.environ["BENCH_SQL_LOG"] + str(os.getpid()), "w") as file:
+            json.dump({"statements": statements, "calls": calls}, file)
+        time.sleep(0.1)
+def start():
+    threading.Thread(target=write, daemon=True).start()
+os.register_at_fork(after_in_child=start)
+start()
 '''
 
 
@@ -369,12 +385,8 @@ def system_calls(process, peer, count):
 def statements_and_calls(peer, count):
     """SQL statements and Python function calls of one message, counted inside of the process."""
 
-    def counted(process, environ):
-        for member in tree(process):
-            with contextlib.suppress(psutil.Error):
-                member.send_signal(signal.SIGUSR2)
-        send_one_by_one(peer, 1)  # wakes what sleeps in a system call
-        time.sleep(0.5)
+    def counted(environ):
+        time.sleep(1)
         files = Path(environ["BENCH_SQL_LOG"]).parent.glob(Path(environ["BENCH_SQL_LOG"]).name + "*")
         sums = [json.loads(file.read_text()) for file in files]
         return {name: sum(s.get(name, 0) for s in sums) for name in ("statements", "calls")}
@@ -384,12 +396,12 @@ def statements_and_calls(peer, count):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "sitecustomize.py").write_text(COUNTER)
             environ = {"COUNT_PATH": folder, "BENCH_SQL_LOG": f"{folder}/count"} | more
-            with peer.running(environ=environ) as process:
+            with peer.running(environ=environ):
                 send_one_by_one(peer, 20)
-                before = counted(process, environ)[name]
+                before = counted(environ)[name]
                 send_one_by_one(peer, count)
-                after = counted(process, environ)[name]
-                result[f"{name}_per_message"] = (after - before) / (count + 1) if after else None
+                after = counted(environ)[name]
+                result[f"{name}_per_message"] = (after - before) / count if after else None
     return result
 
 
@@ -407,7 +419,7 @@ def ceilings(options):
             database = Path(folder) / "data.db"
             inlet.prepare(database)
             db = service.connect(database, "rw")
-            insert = service.Stream("messages", ()).insert
+            insert = service.Stream("messages", {}).insert
             values = ("2026-11-22T10:00:00.123Z", "bench", None, MESSAGE)
             add("sqlite3: a COMMIT for each INSERT", per_second(lambda db=db: db.execute(insert, values), 1, options))
 

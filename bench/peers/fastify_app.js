@@ -18,9 +18,9 @@ fastify.post('/messages', (request, reply) => {
 })
 
 if (process.env.BENCH_SQL_LOG) {
-  process.on('SIGUSR2', () => {
+  setInterval(() => {
     require('fs').writeFileSync(process.env.BENCH_SQL_LOG, JSON.stringify({ statements: count }))
-  })
+  }, 100)
 }
 
 fastify.listen({ port: Number(process.env.BENCH_PORT), host: '127.0.0.1' })
