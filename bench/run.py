@@ -85,6 +85,8 @@ class Peer:
                 "PYTHONDONTWRITEBYTECODE": "1",
             } | (environ or {})  # fmt: skip
             command = [word.replace("DATABASE", str(database)) for word in self.command]
+            if self.accepts_a_message():
+                raise SystemExit(f"something else answers on port {PORT}: it would be measured instead")
             started = time.perf_counter()
             with open(Path(temporary) / "log", "w+") as log:
                 process = subprocess.Popen(
@@ -302,8 +304,11 @@ if os.environ.get("BENCH_CALLS"):
 def write():
     sys.setprofile(None)
     while True:
-        with open(os.environ["BENCH_SQL_LOG"] + str(os.getpid()), "w") as file:
+        name = os.environ["BENCH_SQL_LOG"] + str(os.getpid())
+        folder, base = os.path.split(name)
+        with open(folder + "/new-" + base, "w") as file:
             json.dump({"statements": statements, "calls": calls}, file)
+        os.replace(folder + "/new-" + base, name)
         time.sleep(0.1)
 def start():
     threading.Thread(target=write, daemon=True).start()
@@ -387,7 +392,7 @@ def statements_and_calls(peer, count):
 
     def counted(environ):
         time.sleep(1)
-        files = Path(environ["BENCH_SQL_LOG"]).parent.glob(Path(environ["BENCH_SQL_LOG"]).name + "*")
+        files = [f for f in Path(environ["BENCH_SQL_LOG"]).parent.glob("count*") if not f.suffix]
         sums = [json.loads(file.read_text()) for file in files]
         return {name: sum(s.get(name, 0) for s in sums) for name in ("statements", "calls")}
 

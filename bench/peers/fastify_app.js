@@ -19,7 +19,8 @@ fastify.post('/messages', (request, reply) => {
 
 if (process.env.BENCH_SQL_LOG) {
   setInterval(() => {
-    require('fs').writeFileSync(process.env.BENCH_SQL_LOG, JSON.stringify({ statements: count }))
+    require('fs').writeFileSync(process.env.BENCH_SQL_LOG + '.new', JSON.stringify({ statements: count }))
+    require('fs').renameSync(process.env.BENCH_SQL_LOG + '.new', process.env.BENCH_SQL_LOG)
   }, 100)
 }
 
