@@ -68,6 +68,11 @@ from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
 
 import falcon
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.server import BaseWSGIServer, create_server
+from waitress.task import ErrorTask
+from waitress.wasyncore import poll2
 
 __version__ = "1.0.0"
 
@@ -92,6 +97,7 @@ class Settings:
     schema: Path = Path(__file__).with_name("schema.sql")
     threads: int = 8
     max_body: int = 1_048_576
+    prefix: str = ""
 
 
 def settings_from(values: dict[str, str]) -> Settings:
@@ -102,6 +108,7 @@ def settings_from(values: dict[str, str]) -> Settings:
         "schema": Path,
         "threads": whole_number(1, 1000),
         "max_body": whole_number(1, 1_000_000_000),
+        "prefix": path_prefix,
     }
     parsed = {}
     for name, text in values.items():
@@ -136,6 +143,13 @@ def file_path(text: str) -> Path:
     if not path.name or path.is_dir():
         raise ValueError("takes the path of a file")
     return path
+
+
+def path_prefix(text: str) -> str:
+    """The path that a proxy in front passes on everything under, such as /ingest."""
+    if not re.fullmatch(r"(?:/[A-Za-z0-9._~-]+)+", text):
+        raise ValueError("takes a path such as /ingest")
+    return text
 
 
 def address(text: str) -> str:
@@ -485,6 +499,7 @@ def leftovers(db: sqlite3.Connection, schema: Schema) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------------
 
 BUSY_TIMEOUT_S = 10.0  # how long a message waits for its turn to be written before it is answered with 503
+LARGE_WAL_BYTES = 16 * 1024 * 1024  # it is about 4 MiB if no reader stays for long
 SQLITE_CONSTRAINT_DATATYPE = 3091  # of STRICT tables; Python has no name for it
 PAGE_BYTES = 4 * 1024 * 1024  # a page of the feed ends after about this much
 
@@ -614,6 +629,7 @@ class Store:
         self._write_lock: WriteLock | None = None
         self._writer: sqlite3.Connection | None = None
         self._files: list[tuple[int, int] | None] = []
+        self._wal_is_large = False
         self._generation = 0  # of the files: readers open theirs again when it has grown
         self._readers = threading.local()
         # The sqlite3 module gives up the GIL at each row, so that two threads that read a page each hand it to
@@ -659,6 +675,7 @@ class Store:
         """The connection that writes. The caller holds the write lock."""
         db = connect(self.path, "rw")  # never makes a file: a database that has gone is not to be replaced
         db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA journal_size_limit = {LARGE_WAL_BYTES}")  # what a long reader made grow shrinks after
         # After a failed fsync the kernel takes the lost pages for clean (https://lwn.net/Articles/752063/), and
         # a WAL with a hole in it ends there. So what an earlier process left in the WAL goes to the database.
         # If a reader is in its way, the WAL is in use by somebody who knows where it ends, and stays as it is.
@@ -729,6 +746,7 @@ class Store:
                     if self._files != file_identities(self.path):
                         raise OSError("the database was removed or replaced during the COMMIT")
                     failure = None
+                    self._watch_wal()
                 except BaseException:
                     self._discard_writer()  # rolls back; a failed COMMIT is never tried again
                     raise
@@ -739,6 +757,15 @@ class Store:
             for entry in group:
                 entry.problem = failure or entry.problem
                 entry.done = True
+
+    def _watch_wal(self) -> None:
+        """Says once that the WAL has grown large, and once that it no longer is."""
+        large = os.path.getsize(f"{self.path}-wal") > LARGE_WAL_BYTES
+        if large and not self._wal_is_large:
+            log.warning("the WAL has grown over %d MiB: a reader stays open", LARGE_WAL_BYTES // 2**20)
+        elif self._wal_is_large and not large:
+            log.info("the WAL is small again")
+        self._wal_is_large = large
 
     def _ready_writer(self) -> sqlite3.Connection:
         """The connection that writes, opened again if it is lost or its files are not the ones on disk."""
@@ -1409,8 +1436,12 @@ class Authentication:
         self._clients = clients
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path != "/healthz":
-            req.context.client = self._clients.authenticate(req.auth)
+        if req.path == "/healthz":
+            return
+        if not req.auth and "mod_wsgi.version" in req.env:
+            hint = "Send a token. If you did: Apache has kept it to itself, and needs WSGIPassAuthorization On."
+            raise Problem(401, hint, {"WWW-Authenticate": CHALLENGE})
+        req.context.client = self._clients.authenticate(req.auth)
 
 
 def create_app(store: Store, max_body: int = Settings.max_body) -> falcon.App:
@@ -1470,6 +1501,7 @@ class LazyApplication:
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         if self._app is None:
             try:
+                require_threads(environ)
                 self._make()
             except SetupError as error:
                 log.critical("%s", error)
@@ -1487,6 +1519,15 @@ class LazyApplication:
                 store = Store(settings.database, read_schema(settings.schema))
                 store.open()
                 self._app = create_app(store, settings.max_body)
+
+
+def require_threads(environ: dict[str, Any]) -> None:
+    """Stops uWSGI without threads, where whatever waits in one would wait for ever."""
+    if "uwsgi.version" in environ:
+        import uwsgi  # only there inside of uWSGI
+
+        if not {"enable-threads", "threads"} & {os.fsdecode(name) for name in uwsgi.opt}:
+            raise SetupError("uWSGI runs no threads of Python: set enable-threads = true")
 
 
 application = LazyApplication()
@@ -1516,6 +1557,9 @@ class TurnDispatcher:
 
     def __init__(self, readers: int):
         self._writes: deque[Any] = deque()  # waitress channels with a POST to run
+        # Channels whose client sent another request before it took the last answer. They wait until it has: no
+        # thread ever does, and a client that never reads costs one page of memory.
+        self._unread: deque[Any] = deque()
         self._turns: SimpleQueue[None] = SimpleQueue()  # wakes a writer
         self._reads: SimpleQueue[Any] = SimpleQueue()
         self._stack = threading.local()
@@ -1526,14 +1570,17 @@ class TurnDispatcher:
     def add_task(self, channel: Any) -> None:
         """Called by waitress for a channel whose next request has come in whole."""
         request = channel.requests[0]
-        # With an answer of its own still to be sent, a channel may have to wait, which a writer must not.
-        if request.error or request.command != "POST" or channel.total_outbufs_len:
+        if channel.total_outbufs_len:
+            self._unread.append(channel)
+        elif request.error or request.command != "POST":
             self._reads.put(channel)
         else:
             self._writes.append(channel)
 
     def end_turn(self) -> None:
-        """Called by the loop when it has read what there is: the writers may start."""
+        """Called by the loop when it has read and sent what there is: the writers may start."""
+        for _ in range(len(self._unread)):
+            self.add_task(self._unread.popleft())
         if self._writes:
             self._turns.put(None)
 
@@ -1584,67 +1631,77 @@ def run_request(channel: Any) -> None:
         log.exception("waitress failed")
 
 
+class ProblemTask(ErrorTask):
+    """What waitress itself refuses, said as a problem like everything else."""
+
+    details: ClassVar = {
+        400: "The request is not well-formed HTTP/1.1.",
+        413: "The body is far larger than what is taken here.",
+        431: f"The headers are larger than {MAX_HEADER_BYTES} bytes.",
+        501: "The only Transfer-Encoding here is chunked.",
+    }
+
+    def execute(self) -> None:
+        status = self.request.error.code
+        problem = Problem(status, self.details.get(status, UNKNOWN_OUTCOME))
+        self.status = f"{status} {HTTPStatus(status).phrase}"
+        self.response_headers.append(("Content-Type", "application/problem+json"))
+        self.set_close_on_finish()
+        self.content_length = len(problem.body)
+        self.write(problem.body)
+
+
+class Parser(HTTPRequestParser):
+    """Refuses what two servers in a row could understand differently (RFC 9112, 2.6, 5.2 and 6.3)."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        framed_twice = self.chunked and "CONTENT_LENGTH" in self.headers
+        folded = b"\r\n " in header_plus or b"\r\n\t" in header_plus
+        unknown_version = self.version not in ("1.0", "1.1")
+        if framed_twice or folded or unknown_version or "TRANSFER_ENCODING" in self.headers:
+            raise ParsingError("ambiguous")
+
+
+class Channel(HTTPChannel):
+    """A connection. What a writer answers is only queued, for the loop to send: each send() would give up the GIL,
+    and wait for it again while the loop and the other writer want it too.
+    """
+
+    parser_class = Parser
+    error_task_class = ProblemTask
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        return not self.server.task_dispatcher.in_writer() and super()._flush_some(do_close)
+
+
 class Server:
     """waitress with a TurnDispatcher and an end: stop() lets the requests in flight finish."""
 
     def __init__(self, app: falcon.App, store: Store, settings: Settings):
-        # Here, because a service that is embedded needs no waitress.
-        import waitress.channel
-        import waitress.server
-        import waitress.task
-        import waitress.wasyncore
-
-        class ProblemTask(waitress.task.ErrorTask):
-            """What waitress itself refuses, said as a problem like everything else."""
-
-            details: ClassVar = {
-                400: "The request is not well-formed HTTP/1.1.",
-                413: f"The body is larger than {settings.max_body} bytes.",
-                431: f"The headers are larger than {MAX_HEADER_BYTES} bytes.",
-                501: "The only Transfer-Encoding here is chunked.",
-            }
-
-            def execute(self) -> None:
-                status = self.request.error.code
-                problem = Problem(status, self.details.get(status, UNKNOWN_OUTCOME))
-                self.status = f"{status} {HTTPStatus(status).phrase}"
-                self.response_headers.append(("Content-Type", "application/problem+json"))
-                self.set_close_on_finish()
-                self.content_length = len(problem.body)
-                self.write(problem.body)
-
-        class Channel(waitress.channel.HTTPChannel):
-            """A connection. What a writer answers is only queued, for the loop to send: each send() would give up
-            the GIL, and wait for it again while the loop and the other writer want it too.
-            """
-
-            error_task_class = ProblemTask
-
-            def _flush_some(self, do_close: bool = True) -> bool:
-                return not dispatcher.in_writer() and super()._flush_some(do_close)
-
-        self._poll = waitress.wasyncore.poll2
         self._map: dict[int, Any] = {}
-        self._dispatcher = dispatcher = TurnDispatcher(settings.threads)
+        self._dispatcher = TurnDispatcher(settings.threads)
         store.gather = self._dispatcher.gather
         where = {"listen": settings.listen}
         if settings.listen.startswith("unix:"):
             # Who may come in is a matter of tokens; the proxy in front mostly runs as another user.
             where = {"unix_socket": settings.listen.removeprefix("unix:"), "unix_socket_perms": "666"}
-        waitress.server.create_server(
+        # waitress counts the framing of chunks, and refuses what is exactly as large; the app is exact.
+        far_too_large = 2 * settings.max_body + 65_536
+        create_server(
             app,
             map=self._map,
             _dispatcher=self._dispatcher,
             connection_limit=connection_limit(),
             asyncore_use_poll=True,  # select() ends at descriptor 1024
             max_request_header_size=MAX_HEADER_BYTES,
-            # waitress counts the framing of chunks, and refuses what is exactly as large; the app is exact.
-            max_request_body_size=2 * settings.max_body + 65_536,
-            inbuf_overflow=2 * settings.max_body + 65_536,  # no temporary file for a body
+            max_request_body_size=far_too_large,
+            inbuf_overflow=far_too_large,  # no temporary file for a body
             ident="Inlet",
+            url_prefix=settings.prefix,
             **where,
         )
-        self._listeners = [d for d in self._map.values() if isinstance(d, waitress.server.BaseWSGIServer)]
+        self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = Channel
             listener.pull_trigger = self._dispatcher.answered
@@ -1680,7 +1737,7 @@ class Server:
             self._turn(0.1)
 
     def _turn(self, timeout_s: float) -> None:
-        self._poll(timeout_s, self._map)
+        poll2(timeout_s, self._map)
         self._dispatcher.end_turn()
 
     def _busy_channels(self) -> list[Any]:
@@ -1942,6 +1999,7 @@ def parser() -> argparse.ArgumentParser:
         ("--schema", "PATH", "the streams; INLET_SCHEMA, schema.sql beside service.py"),
         ("--threads", "N", "threads that read (two more write); INLET_THREADS, 8"),
         ("--max-body", "BYTES", "largest body, compressed or not; INLET_MAX_BODY, 1048576"),
+        ("--prefix", "PATH", "the path that a proxy has it under, such as /ingest; INLET_PREFIX, none"),
     ):
         settings.add_argument(flag, metavar=metavar, help=text, default=argparse.SUPPRESS)
     top = OneLineParser(
@@ -2033,9 +2091,8 @@ def first_client(store: Store, settings: Settings, url: str) -> str:
     token = new_token()
     store.add_client("default", digest_of(token), "write read")
     stream = next(iter(store.schema.streams))
-    to = (
-        f"{url}/{stream}" if url else f"--unix-socket {settings.listen.removeprefix('unix:')} http://localhost/{stream}"
-    )
+    socket = f"--unix-socket {settings.listen.removeprefix('unix:')} "
+    to = f"{'' if url else socket}{url or 'http://localhost'}{settings.prefix}/{stream}"
     return f"""
 This is the first start: the client "default" was made, and may write and read. Its token, shown only now:
 

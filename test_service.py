@@ -237,6 +237,7 @@ def raw_bodies(page: bytes) -> list[bytes]:
         (["--listen", "8080"], ["--listen", "HOST:PORT"]),
         (["--listen", "127.0.0.1:99999"], ["--listen"]),
         (["--listen", "unix:"], ["--listen", "unix:PATH"]),
+        (["--prefix", "ingest/"], ["--prefix", "INLET_PREFIX", "/ingest"]),
         (["--schema", "no-such.sql"], ["no-such.sql", "cannot be read"]),
         (["--database", "no-such-folder/inlet.db"], ["no-such-folder/inlet.db"]),
         (["--database", ""], ["--database", "the path of a file"]),
