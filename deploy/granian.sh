@@ -1,0 +1,4 @@
+#!/bin/sh
+# granian: an HTTP server in Rust. Settings: INLET_DATABASE … in the environment.
+exec granian --interface wsgi --host 127.0.0.1 --port 8080 --workers 1 --blocking-threads 64 \
+    --http 1 --backlog 1024 service:application
