@@ -1,0 +1,201 @@
+"""What the faults have in common: servers to hurt, and an outside client that writes down every answer."""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import service
+from test_service import CLIENTS, DEADLINE_S, TOKEN, Process, stream_sql
+
+SCHEMA = CLIENTS + stream_sql(
+    "messages", ", bad INTEGER AS (body ->> 'bad') CONSTRAINT \"it is bad\" CHECK (bad IS NULL)"
+)
+
+
+def seed() -> random.Random:
+    """Chance, which can be repeated: INLET_SEED sets it, and each test prints it."""
+    number = int(os.environ.get("INLET_SEED", time.time_ns() % 10**9))
+    print(f"INLET_SEED={number}", end=" ")
+    return random.Random(number)
+
+
+def scale(short: int, whole: int) -> int:
+    """How many rounds: few in CI, all with INLET_FULL=1."""
+    return whole if os.environ.get("INLET_FULL") else short
+
+
+def database(folder: Path) -> Path:
+    """A database with one client, and its schema.sql beside it."""
+    (folder / "schema.sql").write_text(SCHEMA)
+    store = service.Store(folder / "inlet.db", service.read_schema(folder / "schema.sql"))
+    store.open()
+    store.add_client("tester", service.digest_of(TOKEN), "write read")
+    store.close()
+    return store.path
+
+
+class Server(Process):
+    """A server to hurt; wrapper is a command in front of it, such as strace."""
+
+    def __init__(self, folder: Path, *arguments: str, wrapper: tuple[str, ...] = (), **environ: str):
+        self.wrapper = wrapper
+        super().__init__(folder, "--schema", str(folder / "schema.sql"), *arguments, environ=environ)
+
+    def start(self):
+        real = subprocess.Popen
+        try:
+            subprocess.Popen = lambda command, **more: real([*self.wrapper, *command], start_new_session=True, **more)
+            super().start()
+        finally:
+            subprocess.Popen = real
+
+    @property
+    def pid(self) -> int:
+        """The process of the server itself, also under a wrapper."""
+        pid = self.process.pid
+        if self.wrapper:
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        return pid
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+
+    def end(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.signal(signal.SIGTERM)
+        try:
+            return self.process.wait(DEADLINE_S)
+        finally:
+            self.kill()
+
+
+class Ledger:
+    """Sends messages from several threads, and knows of each what it was told."""
+
+    def __init__(self, connect, path="/messages", size=60, chosen=None):
+        self.connect = connect
+        self.path = path
+        self.size = size
+        self.chosen = chosen or random.Random(1)
+        self.acknowledged: dict[int, bytes] = {}
+        self.keyed: dict[str, tuple[int, bytes]] = {}
+        self.refused: list[bytes] = []
+        self.unknown: list[bytes] = []
+        self.unanswered_keys: dict[str, bytes] = {}
+        self.statuses: Counter = Counter()
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def post(self, body: bytes, key: str | None = None, connection=None):
+        """(status, id) of one attempt; (None, None) without an answer."""
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        if key:
+            headers["Idempotency-Key"] = key
+        own = connection or self.connect()
+        try:
+            own.request("POST", self.path, body, headers)
+            answer = own.getresponse()
+            data = json.loads(answer.read())
+        except (OSError, http.client.HTTPException, ValueError):
+            own.close()
+            self.statuses[None] += 1
+            return None, None
+        finally:
+            if not connection:
+                own.close()
+        self.statuses[answer.status] += 1
+        return answer.status, data.get("id")
+
+    def send(self, connection=None, until=lambda: False) -> int | None:
+        """Sends one new message: plain, with a key (retried until it is answered), or one that is to be refused."""
+        with self._lock:
+            self._count += 1
+            number = self._count
+            kind = self.chosen.random()
+        bad = kind < 0.1
+        key = f"key-{number}" if kind > 0.5 else None
+        body = json.dumps({"n": number, "pad": "x" * self.size} | ({"bad": 1} if bad else {})).encode()
+        status, message_id = self.post(body, key, connection)
+        while key and (status is None or status >= 500) and not until():
+            time.sleep(0.02)
+            status, message_id = self.post(body, key, connection)
+        if status == 201:
+            assert message_id not in self.acknowledged
+            self.acknowledged[message_id] = body
+            if key:
+                self.keyed[key] = message_id, body
+        elif status is not None and status < 500:
+            assert bad, status
+            self.refused.append(body)
+        else:
+            self.unknown.append(body)
+        return status
+
+    @contextlib.contextmanager
+    def sending(self, threads: int = 4):
+        """Sends on for as long as the block runs."""
+        stop, errors = threading.Event(), []
+
+        def produce():
+            connection = self.connect()
+            while not stop.is_set():
+                try:
+                    if self.send(connection, stop.is_set) is None:
+                        connection = self.connect()
+                        time.sleep(0.01)
+                except Exception as error:
+                    errors.append(error)
+                    raise
+
+        producers = [threading.Thread(target=produce, daemon=True) for _ in range(threads)]
+        for thread in producers:
+            thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            for thread in producers:
+                thread.join(60)
+        assert not errors
+        assert not any(thread.is_alive() for thread in producers)
+
+    def must_answer(self, within_s: float = DEADLINE_S) -> None:
+        """The service takes messages again, by itself."""
+        deadline = time.monotonic() + within_s
+        while self.send() != 201:
+            assert time.monotonic() < deadline, "the service did not recover"
+            time.sleep(0.05)
+
+    def check(self, path: Path) -> int:
+        """The invariant, against the database; how many messages are in it."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            stored = db.execute("SELECT id, key, CAST(body AS BLOB) FROM messages").fetchall()
+        return self.check_rows(stored)
+
+    def check_rows(self, stored: list[tuple[int, str | None, bytes]]) -> int:
+        by_id = {message_id: body for message_id, _, body in stored}
+        for message_id, body in self.acknowledged.items():
+            assert by_id.get(message_id) == body, f"201 was sent for {message_id}, and it is not there"
+        counts = Counter(body for _, _, body in stored)
+        assert not [body for body, count in counts.items() if count > 1], "a message is there twice"
+        assert not counts.keys() & set(self.refused), "a refused message is there"
+        assert counts.keys() <= set(self.acknowledged.values()) | set(self.unknown), "what nobody sent is there"
+        keys = Counter(key for _, key, _ in stored if key)
+        assert not [key for key, count in keys.items() if count > 1], "a key is there twice"
+        return len(stored)

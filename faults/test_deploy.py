@@ -1,0 +1,359 @@
+"""Every set-up of deploy/, started for real, fulfils the same contract."""
+
+import contextlib
+import http.client
+import json
+import os
+import pwd
+import shutil
+import sqlite3
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from common import SCHEMA, Server, database
+from deployed import BIN, DEPLOY, adapted, free_port, nginx, running
+
+import service
+from test_service import DEADLINE_S, HERE, run, send
+
+
+def contract(address, path, prefix="", processes=1, log=None, keep_alive=True):
+    """What a client may count on, whatever stands between it and the service."""
+
+    def ask(method, route, body=None, connection=None, **headers):
+        own = connection or http.client.HTTPConnection(*address, timeout=DEADLINE_S)
+        try:
+            return send(own, method, prefix + route, body, **headers)
+        finally:
+            if not connection:
+                own.close()
+
+    assert ask("GET", "/healthz")[0] == 200
+    assert ask("GET", "/messages", Authorization="Bearer wrong")[0] == 401
+
+    status, headers, data = ask("POST", "/messages", b'{"b":1.10,  "a":2}', Idempotency_Key="k")
+    assert (status, headers["Location"], json.loads(data)["id"]) == (201, f"{prefix}/messages/1", 1)
+    again = ask("POST", "/messages", b'{"b":1.10,  "a":2}', Idempotency_Key="k")
+    assert (again[0], again[1]["Idempotent-Replayed"], again[2]) == (201, "true", data)
+    assert ask("POST", "/messages", b"{}", Idempotency_Key="k")[0] == 422
+    status, headers, data = ask("POST", "/messages", b'{"bad": 1}')
+    assert (status, headers["Content-Type"], json.loads(data)["detail"]) == (
+        422,
+        "application/problem+json",
+        "it is bad",
+    )
+    assert ask("POST", "/messages", b'{"a": nul}')[0] == 400
+    assert ask("POST", "/messages", b"x", Content_Type="text/plain")[0] == 415
+    assert ask("POST", "/messages", b"1\n2\n", Content_Type="application/x-ndjson")[0] == 201
+
+    status, headers, data = ask("GET", "/messages?limit=1")
+    assert b'"body": {"b":1.10,  "a":2}}' in data
+    assert json.loads(data)["next"] == f"{prefix}/messages?after=1&limit=1"
+    assert headers["Link"] == f'<{prefix}/messages?after=1&limit=1>; rel="next"'
+    assert json.loads(ask("GET", "/")[2])["streams"]["messages"]["href"] == f"{prefix}/messages"
+
+    large = json.dumps("x" * (service.Settings.max_body - 2)).encode()
+    status, headers, data = ask("POST", "/messages", large)
+    assert status == 201
+    route = headers["Location"].removeprefix(prefix)
+    assert ask("GET", route)[2].endswith(b'"body": ' + large + b"}")
+    status, headers, data = ask("POST", "/messages", large + b" ")
+    assert (status, json.loads(data)["limit"]) == (413, len(large))
+
+    answers, errors = [], []
+
+    def produce(number):
+        try:
+            connection = http.client.HTTPConnection(*address, timeout=DEADLINE_S) if keep_alive else None
+            for n in range(30):
+                status, _, data = ask(
+                    "POST",
+                    "/messages",
+                    f'"{number // 2}-{n}"'.encode(),
+                    connection,
+                    Idempotency_Key=f"{number // 2}-{n}",
+                )
+                answers.append((status, number // 2, n, json.loads(data).get("id")))
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=produce, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert {status for status, *_ in answers} == {201}
+    assert len({(number, n, message_id) for _, number, n, message_id in answers}) == 8 * 30
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*), count(DISTINCT id) FROM messages").fetchone() == (4 + 240, 4 + 240)
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    deadline = time.monotonic() + DEADLINE_S
+    while len(processes_with(path)) < processes:  # which process takes a connection is the server's choice
+        assert time.monotonic() < deadline, "not all processes have taken a request"
+        many = [http.client.HTTPConnection(*address, timeout=DEADLINE_S) for _ in range(30)]
+        for connection in many:
+            connection.request("GET", f"{prefix}/healthz")
+        assert {connection.getresponse().status for connection in many} == {200}
+
+    store = service.Store(path, service.read_schema(path.with_name("schema.sql")))
+    store.open()
+    store.remove_client("tester")
+    store.close()
+    time.sleep(1.5)
+    assert {ask("GET", "/messages")[0] for _ in range(40)} == {401}
+    if log:
+        assert "locked" not in log.read_text()
+        assert "Traceback" not in log.read_text()
+
+
+def processes_with(path):
+    """The processes that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(path):
+                found.add(link.parts[2])
+    return found - {str(os.getpid())}
+
+
+def settings(path):
+    return {
+        "INLET_DATABASE": str(path),
+        "INLET_SCHEMA": str(path.with_name("schema.sql")),
+        "PYTHONPATH": f"{HERE}:{DEPLOY}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def test_python_service_py(tmp_path):
+    path = database(tmp_path)
+    server = Server(tmp_path)
+    contract(server.address.split(":"), path, log=tmp_path / "log")
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize("upstream", ["tcp", "unix", "prefix"])
+def test_nginx_in_front(upstream, tmp_path):
+    path = database(tmp_path)
+    listen = ("--listen", f"unix:{tmp_path}/socket") if upstream == "unix" else ()
+    prefix = "/ingest" if upstream == "prefix" else ""
+    server = Server(tmp_path, *listen, *(("--prefix", prefix) if prefix else ()))
+    with nginx(tmp_path, f"unix:{tmp_path}/socket" if upstream == "unix" else server.address, prefix) as address:
+        contract(address, path, prefix, log=tmp_path / "log")
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize("preload", ["False", "True"])
+def test_gunicorn(preload, tmp_path):
+    path, port = database(tmp_path), free_port()
+    changes = ("127.0.0.1:8080", f"127.0.0.1:{port}"), ("preload_app = False", f"preload_app = {preload}")
+    file = adapted("gunicorn.conf.py", tmp_path, *changes)
+    with running([BIN / "gunicorn", "-c", file, "service:application"], tmp_path, port, settings(path)):
+        contract(("127.0.0.1", port), path, processes=2, log=tmp_path / "server-log")
+
+
+def test_gunicorn_under_a_path(tmp_path):
+    path, port = database(tmp_path), free_port()
+    file = adapted("gunicorn.conf.py", tmp_path, ("127.0.0.1:8080", f"127.0.0.1:{port}"))
+    environ = settings(path) | {"SCRIPT_NAME": "/ingest"}
+    with running([BIN / "gunicorn", "-c", file, "service:application"], tmp_path, port, environ, "/ingest/healthz"):
+        contract(("127.0.0.1", port), path, "/ingest", processes=2)
+
+
+def test_uwsgi(tmp_path):
+    path, port = database(tmp_path), free_port()
+    file = adapted("uwsgi.ini", tmp_path, ("127.0.0.1:8080", f"127.0.0.1:{port}"))
+    with running([BIN / "uwsgi", "--ini", file], tmp_path, port, settings(path)):
+        # Its http-socket closes a connection after each answer, without a word.
+        contract(("127.0.0.1", port), path, processes=2, log=tmp_path / "server-log", keep_alive=False)
+
+
+def test_uwsgi_without_threads_says_so(tmp_path):
+    path, port = database(tmp_path), free_port()
+    changes = ("127.0.0.1:8080", f"127.0.0.1:{port}"), ("enable-threads = true", ""), ("threads = 16", "")
+    file = adapted("uwsgi.ini", tmp_path, *changes)
+    with running([BIN / "uwsgi", "--ini", file], tmp_path, port, settings(path)):
+        status, headers, _ = send(http.client.HTTPConnection("127.0.0.1", port), "GET", "/healthz")
+        assert (status, headers["Content-Type"]) == (503, "application/problem+json")
+        assert "enable-threads" in (tmp_path / "server-log").read_text()
+
+
+def test_granian(tmp_path):
+    path, port = database(tmp_path), free_port()
+    file = adapted("granian.sh", tmp_path, ("--port 8080", f"--port {port}"))
+    environ = settings(path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    with running(["sh", file], tmp_path, port, environ):
+        contract(("127.0.0.1", port), path, log=tmp_path / "server-log")
+
+
+@pytest.fixture
+def apache(tmp_path):
+    """Apache with mod_wsgi and deploy/apache.conf; called with changes to that file, it yields the port."""
+    user = pwd.getpwnam("www-data")
+
+    @contextlib.contextmanager
+    def start(path, *changes):
+        port = free_port()
+        site = sysconfig.get_path("purelib")
+        adapted(
+            "inlet.wsgi",
+            tmp_path,
+            (
+                "import os\n",
+                f"import os, sys\nsys.path[:0] = [{str(HERE)!r}, {site!r}]\nos.environ.update({settings(path)!r})\n",
+            ),
+        )
+        file = adapted(
+            "apache.conf",
+            tmp_path,
+            ("python-home=/srv/inlet/.venv python-path=/srv/inlet", "user=www-data group=www-data"),
+            ("/srv/inlet/deploy/inlet.wsgi", str(tmp_path / "inlet.wsgi")),
+            ("/srv/inlet/deploy", str(tmp_path)),
+            *changes,
+        )
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        for entry in (tmp_path, *tmp_path.glob("inlet.db*"), tmp_path / "schema.sql"):
+            os.chown(entry, user.pw_uid, user.pw_gid)
+        modules = "/usr/lib/apache2/modules"
+        names = {
+            "mpm_event": "mod_mpm_event",
+            "authz_core": "mod_authz_core",
+            "reqtimeout": "mod_reqtimeout",
+            "wsgi": "mod_wsgi",
+        }
+        load = "\n".join(f"LoadModule {name}_module {modules}/{file}.so" for name, file in names.items())
+        (tmp_path / "apache-main.conf").write_text(
+            f"ServerRoot {tmp_path}\nServerName localhost\nListen 127.0.0.1:{port}\nPidFile {tmp_path}/apache.pid\nUser www-data\nGroup www-data\n"
+            f"ErrorLog {tmp_path}/server-log\n{load}\nWSGISocketPrefix {tmp_path}/wsgi\nInclude {file}\n"
+        )
+        with running(["apache2", "-f", tmp_path / "apache-main.conf", "-DFOREGROUND"], tmp_path, port):
+            yield port
+
+    return start
+
+
+def test_apache_with_mod_wsgi(apache, tmp_path):
+    path = database(tmp_path)
+    with apache(path) as port:
+        contract(("127.0.0.1", port), path, processes=2, log=tmp_path / "server-log")
+
+
+def test_apache_that_keeps_the_authorization_to_itself_says_so(apache, tmp_path):
+    path = database(tmp_path)
+    with apache(path, ("WSGIPassAuthorization On", "WSGIPassAuthorization Off")) as port:
+        status, _, data = send(http.client.HTTPConnection("127.0.0.1", port), "GET", "/messages")
+        assert status == 401
+        assert "WSGIPassAuthorization On" in json.loads(data)["detail"]
+
+
+@pytest.mark.parametrize("site", ["mounted_flask:app", "mounted_django:application"])
+def test_mounted_under_a_site_that_is_there(site, tmp_path):
+    path, port = database(tmp_path), free_port()
+    command = [BIN / "gunicorn", "-b", f"127.0.0.1:{port}", "--threads", "16", site]
+    with running(command, tmp_path, port, settings(path), "/"):
+        assert send(http.client.HTTPConnection("127.0.0.1", port), "GET", "/")[2] == b"the site"
+        contract(("127.0.0.1", port), path, "/ingest", log=tmp_path / "server-log")
+
+
+def test_the_systemd_unit(tmp_path):
+    """systemd itself checks the unit; then its command runs as an unprivileged user with its environment."""
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", DEPLOY / "inlet.service"], capture_output=True, text=True
+    )
+    complaints = [
+        line for line in checked.stderr.splitlines() if "inlet.service" in line and "not executable" not in line
+    ]
+    assert not complaints, complaints
+    exposure = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=30", DEPLOY / "inlet.service"],
+        capture_output=True,
+        text=True,
+    )
+    assert exposure.returncode == 0, exposure.stdout[-500:] + exposure.stderr
+    unit = (DEPLOY / "inlet.service").read_text()
+    environ = dict(
+        line.removeprefix("Environment=").split("=", 1) for line in unit.splitlines() if line.startswith("Environment=")
+    )
+    start = next(line.removeprefix("ExecStart=").split() for line in unit.splitlines() if line.startswith("ExecStart="))
+    assert set(environ) <= {f"INLET_{name.upper()}" for name in service.Settings.__dataclass_fields__}
+    path, port = database(tmp_path), free_port()
+    user = pwd.getpwnam("nobody")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    for entry in (tmp_path, *tmp_path.glob("inlet.db*")):
+        os.chown(entry, user.pw_uid, user.pw_gid)
+    copy = tmp_path / "srv"
+    copy.mkdir()
+    shutil.copy(HERE / "service.py", copy)
+    assert [Path(word).name for word in start] == ["python", "service.py"]
+    environ |= {
+        "INLET_DATABASE": str(path),
+        "INLET_LISTEN": f"127.0.0.1:{port}",
+        "INLET_SCHEMA": str(tmp_path / "schema.sql"),
+    }
+    environ["PYTHONPATH"] = sysconfig.get_path("purelib")
+    command = [
+        "setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        "--no-new-privs",
+        "/usr/bin/python3",
+        copy / "service.py",
+    ]
+    with running(command, tmp_path, port, environ) as process:
+        contract(("127.0.0.1", port), path, log=tmp_path / "server-log")
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_litestream_copies_while_messages_come_in(tmp_path):
+    """The real program, built from its source; what it copied is restored and has every message."""
+    litestream = os.environ["INLET_LITESTREAM"]
+    path = database(tmp_path)
+    file = adapted(
+        "litestream.yml",
+        tmp_path,
+        ("/var/lib/inlet/inlet.db", str(path)),
+        ("/mnt/elsewhere/inlet", str(tmp_path / "replica")),
+    )
+    server = Server(tmp_path)
+    with open(tmp_path / "litestream-log", "w") as log:
+        process = subprocess.Popen([litestream, "replicate", "-config", file], stdout=log, stderr=log)
+    try:
+        for n in range(300):
+            assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
+            time.sleep(0.01)
+        time.sleep(3)
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+    assert server.end() == 0
+    restored = tmp_path / "restored.db"
+    subprocess.run([litestream, "restore", "-config", file, "-o", restored, path], check=True, capture_output=True)
+    with contextlib.closing(sqlite3.connect(restored)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert db.execute("SELECT count(*) FROM messages").fetchone() == (300,)
+    assert run(tmp_path, "client", "list").returncode == 0  # its tables are no difference to the schema
+
+
+def test_the_set_ups_name_nothing_that_is_not_there():
+    """Litestream's and the others' paths and settings are those of the service."""
+    for file in DEPLOY.iterdir():
+        if file.is_file():
+            for word in file.read_text().replace("=", " ").split():
+                if word.startswith("INLET_"):
+                    assert (
+                        word.rstrip("\"',:)").removeprefix("INLET_").lower() in service.Settings.__dataclass_fields__
+                    ), (file, word)
+    assert "inlet.db" in (DEPLOY / "litestream.yml").read_text()
+    assert SCHEMA
+    assert sys.version_info >= (3, 11)
