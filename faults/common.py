@@ -190,12 +190,18 @@ class Ledger:
 
     def check_rows(self, stored: list[tuple[int, str | None, bytes]]) -> int:
         by_id = {message_id: body for message_id, _, body in stored}
-        for message_id, body in self.acknowledged.items():
-            assert by_id.get(message_id) == body, f"201 was sent for {message_id}, and it is not there"
+        # Counted first: pytest would print every message of a failing comparison.
+        lost = [i for i, body in self.acknowledged.items() if by_id.get(i) != body]
+        assert not lost, f"201 was sent for {lost[:10]}, and they are not there as they were sent"
         counts = Counter(body for _, _, body in stored)
-        assert not [body for body, count in counts.items() if count > 1], "a message is there twice"
-        assert not counts.keys() & set(self.refused), "a refused message is there"
-        assert counts.keys() <= set(self.acknowledged.values()) | set(self.unknown), "what nobody sent is there"
+        twice = [body[:40] for body, count in counts.items() if count > 1]
+        assert not twice, f"{twice[:10]} are there twice"
+        refused = [body[:40] for body in self.refused if body in counts]
+        assert not refused, f"{refused[:10]} were refused, and are there"
+        known = {*self.acknowledged.values(), *self.unknown}
+        strangers = [body[:40] for body in counts if body not in known]
+        assert not strangers, f"nobody has sent {strangers[:10]}"
         keys = Counter(key for _, key, _ in stored if key)
-        assert not [key for key, count in keys.items() if count > 1], "a key is there twice"
+        doubled = [key for key, count in keys.items() if count > 1]
+        assert not doubled, f"the keys {doubled[:10]} are there twice"
         return len(stored)

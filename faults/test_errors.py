@@ -28,19 +28,30 @@ def strace(*inject: str) -> tuple[str, ...]:
     )
 
 
+@contextlib.contextmanager
+def failing(server: Server, *inject: str):
+    """strace injects faults into a server that runs already; they count from here on, in each thread."""
+    tracer = subprocess.Popen([*strace(*inject), "-p", str(server.pid)])
+    time.sleep(0.4)
+    try:
+        yield
+    finally:
+        tracer.terminate()
+        tracer.wait()
+
+
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])
 def test_the_nth_call_fails_and_then_every_one_for_a_while(call, error, tmp_path):
     """N goes through the first calls of each thread; each time the server goes on by itself, and then restarts."""
     path = database(tmp_path)
-    statuses = {}
     ledger = Ledger(lambda: server.connect(), chosen=seed())
     for n in range(1, scale(9, 40)):
-        server = Server(tmp_path, wrapper=strace(f"{call}:error={error}:when={n}..{n + n % 3}"))
-        for _ in range(12):
-            status = ledger.send()
-            statuses[status] = statuses.get(status, 0) + 1
-        ledger.must_answer()
+        server = Server(tmp_path)
+        with failing(server, f"{call}:error={error}:when={n}..{n + n % 3}"):
+            for _ in range(12):
+                ledger.send()
+            ledger.must_answer()
         assert server.end() == 0
     print(f"{call} {error}: {ledger.statuses}, {ledger.check(path)} stored")
     assert any(status and status >= 500 for status in ledger.statuses), "no error was ever seen"

@@ -8,10 +8,8 @@ in any order, with torn sectors. SQLite opens the result, and every 201 that had
 import contextlib
 import re
 import sqlite3
-import subprocess
 import time
 
-import pytest
 from common import Ledger, Server, database, scale, seed
 
 SECTOR = 512
@@ -19,6 +17,11 @@ CALLS = "openat,creat,pwrite64,write,ftruncate,fsync,fdatasync,unlink,unlinkat,r
 LINE = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+)")
 UNFINISHED = re.compile(r"^(\d+) +(.*) <unfinished \.\.\.>$")
 RESUMED = re.compile(r"^(\d+) +<\.\.\. (\w+) resumed>(.*)$")
+
+
+def text(hexadecimal: str) -> str:
+    """What strace -xx has written as \\x2f\\x74…"""
+    return bytes.fromhex(hexadecimal.replace("\\x", "")).decode()
 
 
 def events(trace, path):
@@ -43,8 +46,8 @@ def events(trace, path):
         if not line or int(line[4]) < 0:
             continue
         call, arguments = line[2], line[3]
-        target = re.match(r"\d+<([^>]*)>", arguments)
-        name = names.get(target[1]) if target else None
+        target = re.match(r"\d+<((?:\\x..)*)>", arguments)
+        name = names.get(text(target[1])) if target else None
         if call == "pwrite64" and name:
             data, _, offset = re.search(r'"((?:\\x..)*)", (\d+), (\d+)$', arguments).groups()
             yield "write", name, int(offset), bytes.fromhex(data.replace("\\x", ""))
@@ -54,8 +57,14 @@ def events(trace, path):
             yield "sync", name
         elif call in ("sendto", "sendmsg") and (data := re.search(r'"((?:\\x..)*)"', arguments)):
             yield "sent", bytes.fromhex(data[1].replace("\\x", ""))
-        elif call in ("unlink", "unlinkat", "rename", "renameat2") and any(file in arguments for file in names):
-            pytest.fail(f"a file was removed or renamed, which this does not know how to cut: {raw}")
+        elif call in ("unlink", "unlinkat", "rename", "renameat2"):
+            touched = {names.get(text(found)) for found in re.findall(r'"((?:\\x..)*)"', arguments)} - {None}
+            # The WAL goes when the last connection closes, after a checkpoint. Until the next one has been synced,
+            # with its directory, the old one may be there again.
+            assert touched <= {"wal"}, f"this does not know how to cut {call}"
+            if touched:
+                assert call == "unlink"
+                yield "truncate", "wal", 0
 
 
 def apply(event, content: bytearray):
@@ -84,10 +93,10 @@ def test_a_power_cut_at_any_point_loses_no_acknowledged_message(tmp_path):
     durable = {"db": bytearray(path.read_bytes()), "wal": bytearray()}  # as of the last sync of each file
     trace = tmp_path / "trace"
     wrapper = ("strace", "-f", "-y", "-xx", "-s", "10000000", "-e", f"trace={CALLS}", "-o", str(trace))
-    ledger = Ledger(lambda: server.connect(), size=6000, chosen=chosen)
+    ledger = Ledger(lambda: server.connect(), size=1500, chosen=chosen)
     server = Server(tmp_path, wrapper=wrapper)
     with ledger.sending(4):
-        time.sleep(scale(6, 25))
+        time.sleep(scale(5, 20))
     server.signal(9)  # a restart is part of the recording: another process opens the files, and empties the WAL
     server.process.wait()
     server.kill()
@@ -104,7 +113,7 @@ def test_a_power_cut_at_any_point_loses_no_acknowledged_message(tmp_path):
     assert syncs > 50
     assert any(event[:2] == ("write", "db") for event in recorded), "there was no checkpoint in this run"
 
-    points = sorted(chosen.sample(range(len(recorded)), min(len(recorded), scale(1200, len(recorded)))))
+    points = sorted(chosen.sample(range(len(recorded)), min(len(recorded), scale(500, len(recorded)))))
     pending = {"db": [], "wal": []}
     sent, tried = set(), 0
     everything = set(ledger.acknowledged.values()) | set(ledger.unknown)
@@ -132,7 +141,6 @@ def test_a_power_cut_at_any_point_loses_no_acknowledged_message(tmp_path):
             pending[event[1]].clear()
         else:
             pending[event[1]].append(event)
-    assert sent <= set(ledger.acknowledged) | set(range(1, 10**9))
     assert len(sent) > 50
     print(
         f"{tried} cuts at {len(points)} points of {len(recorded)} events ({writes} writes, {syncs} syncs), {len(sent)} answers"
@@ -149,12 +157,14 @@ def check_cut(cut, files, sent, ledger, everything, where):
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)], where
         stored = db.execute("SELECT id, key, CAST(body AS BLOB) FROM messages").fetchall()
     by_id = {message_id: body for message_id, _, body in stored}
-    for message_id in sent:
-        assert message_id in by_id, f"{where}: the answer for {message_id} had been sent, and it is gone"
-        if message_id in ledger.acknowledged:
-            assert by_id[message_id] == ledger.acknowledged[message_id], where
-    assert set(by_id.values()) <= everything, where
-    assert len(set(by_id.values())) == len(stored), where
+    gone = sorted(sent - by_id.keys())  # counted first: pytest would print every message of a failing comparison
+    assert not gone, f"{where}: answers for {gone[:10]} had been sent, and they are gone"
+    changed = [i for i in sent if i in ledger.acknowledged and by_id[i] != ledger.acknowledged[i]]
+    assert not changed, f"{where}: {changed[:10]} are not what was sent"
+    strangers = [i for i, body in by_id.items() if body not in everything]
+    assert not strangers, f"{where}: nobody has sent {strangers[:10]}"
+    twice = len(stored) - len(set(by_id.values()))
+    assert not twice, f"{where}: {twice} messages are there twice"
 
 
 def test_the_answer_is_sent_after_the_sync_has_returned(tmp_path):
@@ -167,14 +177,14 @@ def test_the_answer_is_sent_after_the_sync_has_returned(tmp_path):
     for _ in range(50):
         ledger.send()
     server.end()
-    written = answers = 0
+    written = answers = syncs = 0
     for event in events(trace, path):
         if event[:2] == ("write", "wal"):
             written += 1
         elif event == ("sync", "wal"):
-            written = 0
+            written, syncs = 0, syncs + 1
         elif event[0] == "sent" and event[1].startswith(b"HTTP/1.1 201"):
             assert written == 0, "an answer was sent while the WAL was not synced"
             answers += 1
     assert answers == len(ledger.acknowledged) > 30
-    assert subprocess.run(["grep", "-c", "fdatasync", str(trace)], stdout=subprocess.DEVNULL).returncode == 0
+    assert syncs >= answers
