@@ -1661,6 +1661,10 @@ class Parser(HTTPRequestParser):
         unknown_version = self.version not in ("1.0", "1.1")
         if framed_twice or folded or unknown_version or "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("ambiguous")
+        # waitress forgets that a request is whole when it says 100 Continue to one without a body, or with one that
+        # it refuses: the answer would never come.
+        if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
+            self.expect_continue = False
 
 
 class Channel(HTTPChannel):

@@ -1601,6 +1601,15 @@ def test_what_waitress_refuses_is_a_problem_too(server):
             assert json.load(answer)["status"] == status
 
 
+def test_who_expects_100_continue_gets_it_and_an_answer_with_a_body_and_without(server):
+    for method, body, status in (("GET", None, 200), ("POST", b"", 400), ("POST", b"1", 201)):
+        connection = server.connect()
+        assert send(connection, method, "/messages", body, Expect="100-continue")[0] == status
+    with socket.create_connection(tuple(server.address.split(":")), DEADLINE_S) as sock:
+        sock.sendall(b"POST /messages HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 999999999\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 413")
+
+
 def test_a_body_of_exactly_the_limit_is_taken_and_one_byte_more_is_not(server):
     limit = service.Settings.max_body
     connection = server.connect()

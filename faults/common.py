@@ -84,6 +84,32 @@ class Server(Process):
             self.kill()
 
 
+def strace(*inject: str) -> tuple[str, ...]:
+    calls = ",".join(sorted({rule.partition(":")[0] for rule in inject}))
+    return (
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        f"trace={calls}",
+        *(w for i in inject for w in ("-e", f"inject={i}")),
+    )
+
+
+@contextlib.contextmanager
+def failing(server: Server, *inject: str):
+    """strace injects faults into a server that runs already; they count from here on, in each thread."""
+    tracer = subprocess.Popen([*strace(*inject), "-p", str(server.pid)])
+    time.sleep(0.4)
+    try:
+        yield
+    finally:
+        tracer.terminate()
+        tracer.wait()
+
+
 class Ledger:
     """Sends messages from several threads, and knows of each what it was told."""
 

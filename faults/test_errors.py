@@ -9,35 +9,9 @@ import subprocess
 import time
 
 import pytest
-from common import Ledger, Server, database, scale, seed
+from common import Ledger, Server, database, failing, scale, seed
 
 from test_service import send
-
-
-def strace(*inject: str) -> tuple[str, ...]:
-    calls = ",".join(sorted({rule.partition(":")[0] for rule in inject}))
-    return (
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-e",
-        f"trace={calls}",
-        *(w for i in inject for w in ("-e", f"inject={i}")),
-    )
-
-
-@contextlib.contextmanager
-def failing(server: Server, *inject: str):
-    """strace injects faults into a server that runs already; they count from here on, in each thread."""
-    tracer = subprocess.Popen([*strace(*inject), "-p", str(server.pid)])
-    time.sleep(0.4)
-    try:
-        yield
-    finally:
-        tracer.terminate()
-        tracer.wait()
 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
@@ -63,16 +37,12 @@ def test_a_disk_that_fails_for_good_is_5xx_until_it_works_again(tmp_path):
     server = Server(tmp_path)
     ledger = Ledger(lambda: server.connect(), chosen=seed())
     ledger.must_answer()
-    tracer = subprocess.Popen([*strace("fdatasync:error=EIO"), "-p", str(server.pid)])
-    time.sleep(0.5)
-    with ledger.sending(4):
+    with failing(server, "fdatasync:error=EIO"), ledger.sending(4):
         time.sleep(2)
         assert send(server.connect(), "GET", "/healthz")[0] == 503
         assert send(server.connect(), "GET", "/messages")[0] == 200
     assert ledger.statuses[503] > 10
     acknowledged = len(ledger.acknowledged)
-    tracer.terminate()
-    tracer.wait()
     ledger.must_answer()
     with ledger.sending(4):
         time.sleep(1)
@@ -86,9 +56,7 @@ def test_a_disk_that_takes_two_seconds_to_sync_delays_writers_only(tmp_path):
     server = Server(tmp_path)
     ledger = Ledger(lambda: server.connect(), chosen=seed())
     ledger.must_answer()
-    tracer = subprocess.Popen([*strace("fdatasync:delay_enter=2000000"), "-p", str(server.pid)])
-    time.sleep(0.5)
-    with ledger.sending(40):
+    with failing(server, "fdatasync:delay_enter=2000000"), ledger.sending(40):
         deadline = time.monotonic() + 9
         while time.monotonic() < deadline:
             started = time.monotonic()
@@ -97,8 +65,6 @@ def test_a_disk_that_takes_two_seconds_to_sync_delays_writers_only(tmp_path):
             assert send(server.connect(), "GET", "/healthz")[0] in (200, 503)  # within its 2 seconds
             assert time.monotonic() - started < 5
             time.sleep(0.2)
-    tracer.terminate()
-    tracer.wait()
     assert ledger.statuses[201] > 40
     ledger.must_answer()
     assert server.end() == 0
