@@ -2086,6 +2086,8 @@ def serve(settings: Settings, options: dict[str, Any]) -> int:
     if not store.clients():
         print(first_client(store, settings, server.url), flush=True)
     server.run()
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not end the interpreter while it ends
+        signal.signal(number, signal.SIG_IGN)
     store.close()
     return 0
 

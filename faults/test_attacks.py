@@ -293,7 +293,6 @@ def test_no_guess_at_a_token_comes_in(server, entrance):
         "' OR 1=1 --",
         "*",
         "%",
-       
         "\xff" * 40,
     ]
     guesses += [service.new_token() for _ in range(200)]
@@ -437,7 +436,7 @@ def test_no_request_whatever_is_an_internal_error(server):
         bytes(50),
     ]
     values = {
-        "Content-Type": ["application/json", "application/x-ndjson", "text/plain", "", ";", "application/json; charset=x", '"', "a/b;c=\"", "/"],
+        "Content-Type": ["application/json"] * 9 + ["application/x-ndjson", "text/plain", "", ";", "application/json; charset=x", '"', "a/b;c=\"", "/"],
         "Content-Encoding": ["gzip", "identity", "br", "", "gzip, gzip"],
         "Idempotency-Key": ["k", '"k"', "", " ", "k" * 300, '"', "\xe9"],
         "Accept": ["*/*", "application/x-ndjson", "", ";;", "text/html;q=x", "application/json;q=2", ","],
@@ -451,7 +450,7 @@ def test_no_request_whatever_is_an_internal_error(server):
         for _ in range(number):
             method = own.choice(["GET", "POST", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "BREW"])
             path = own.choice(paths)
-            if own.random() < 0.3:
+            if own.random() < 0.15:
                 path += "".join(own.choice("%/?&=;.'\"\\~+*,:@!$()abc019") for _ in range(own.randint(1, 12)))
             body = own.choice(bodies)
             if own.random() < 0.2:
@@ -459,7 +458,7 @@ def test_no_request_whatever_is_an_internal_error(server):
             headers = {
                 name: own.choice(some)
                 for name, some in values.items()
-                if own.random() < (0.9 if name in ("Authorization", "Content-Type") else 0.15)
+                if own.random() < (0.97 if name in ("Authorization", "Content-Type") else 0.15)
             }
             headers.pop("Expect", None) if own.random() < 0.9 else None
             try:
