@@ -238,7 +238,7 @@ def rss_mb(process):
 
 def median(values):
     values = list(values)
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
 def say(*words):
