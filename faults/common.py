@@ -159,7 +159,7 @@ class Ledger:
         status, message_id = self.post(body, key, connection)
         while key and (status is None or status >= 500) and not until():
             time.sleep(0.02)
-            status, message_id = self.post(body, key, connection)
+            status, message_id = self.post(body, key)  # on a new connection: a server that was killed has a new port
         if status == 201:
             assert message_id not in self.acknowledged
             self.acknowledged[message_id] = body

@@ -34,7 +34,7 @@ def test_kill_9_at_random_moments_under_load(tmp_path):
         assert server.end() == 0
     count = ledger.check(path)
     print(f"{rounds} rounds, {len(ledger.acknowledged)} acknowledged, {len(ledger.unknown)} unknown, {count} stored")
-    assert len(ledger.acknowledged) > rounds
+    assert len(ledger.acknowledged) > 20 * rounds
 
 
 def test_restarts_under_load_lose_no_answer(tmp_path):
