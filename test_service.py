@@ -1671,7 +1671,6 @@ def test_a_client_that_does_not_read_stops_nobody(server, store):
         assert send(server.connect(), "GET", "/healthz")[0] == 200
         assert send(server.connect(), "POST", "/messages", "1")[0] == 201
         assert time.monotonic() - started < 3
-    used = os.times().children_system
     received = 0
     while received < 8 * 5_000_000:  # and who reads at last gets everything
         data = deaf[0].recv(2**20)
@@ -1679,7 +1678,6 @@ def test_a_client_that_does_not_read_stops_nobody(server, store):
         received += len(data)
     for sock in deaf:
         sock.close()
-    assert used >= 0
 
 
 def test_many_idle_connections_disturb_nobody(server):

@@ -8,14 +8,13 @@ import pwd
 import shutil
 import sqlite3
 import subprocess
-import sys
 import sysconfig
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from common import SCHEMA, Server, database
+from common import Server, database
 from deployed import BIN, DEPLOY, adapted, free_port, nginx, running
 
 import service
@@ -355,5 +354,3 @@ def test_the_set_ups_name_nothing_that_is_not_there():
                         word.rstrip("\"',:)").removeprefix("INLET_").lower() in service.Settings.__dataclass_fields__
                     ), (file, word)
     assert "inlet.db" in (DEPLOY / "litestream.yml").read_text()
-    assert SCHEMA
-    assert sys.version_info >= (3, 11)
