@@ -1654,7 +1654,7 @@ def test_requests_that_come_together_share_a_commit_and_never_hold_up_a_reader(s
         assert time.monotonic() - started < 1
     answers = [connection.getresponse() for connection in waiting]
     assert {answer.status for answer in answers} == {201}
-    assert len({json.load(answer)["received_at"] for answer in answers}) <= 4
+    assert len({json.load(answer)["received_at"] for answer in answers}) <= 10
 
 
 def test_a_client_that_does_not_read_stops_nobody(server, store):
