@@ -1486,6 +1486,13 @@ def answer_bug(req: falcon.Request, resp: falcon.Response, error: Exception, par
     answer_problem(req, resp, unavailable(500, f"An unexpected error. {UNKNOWN_OUTCOME}"), params)
 
 
+def open_store(settings: Settings) -> Store:
+    """The store that the settings name, opened; SetupError if it cannot be."""
+    store = Store(settings.database, read_schema(settings.schema))
+    store.open()
+    return store
+
+
 class LazyApplication:
     """The app for other servers, made by the first request in a process.
 
@@ -1494,9 +1501,12 @@ class LazyApplication:
     """
 
     def __init__(self) -> None:
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
         self._lock = threading.Lock()
         self._app: falcon.App | None = None
-        os.register_at_fork(after_in_child=self.__init__)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         if self._app is None:
@@ -1516,9 +1526,7 @@ class LazyApplication:
         with self._lock:
             if self._app is None:
                 settings = settings_from(settings_in_environment())
-                store = Store(settings.database, read_schema(settings.schema))
-                store.open()
-                self._app = create_app(store, settings.max_body)
+                self._app = create_app(open_store(settings), settings.max_body)
 
 
 def require_threads(environ: dict[str, Any]) -> None:
@@ -2069,13 +2077,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def open_store(settings: Settings) -> Store:
-    """The store that the settings name, opened; SetupError if it cannot be."""
-    store = Store(settings.database, read_schema(settings.schema))
-    store.open()
-    return store
 
 
 def serve(settings: Settings, options: dict[str, Any]) -> int:

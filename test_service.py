@@ -1958,6 +1958,11 @@ def test_a_backup_never_replaces_a_database_in_use(store, one_line_error, tmp_pa
 # Migration
 
 
+def migrate_command(store, schema_file):
+    arguments = ["migrate", "--database", str(store.path), "--schema", str(schema_file)]
+    return [sys.executable, str(HERE / "service.py"), *arguments]
+
+
 def migrate(store, schema_file, *changes):
     sql = SCHEMA
     for old, new in changes:
@@ -2105,15 +2110,7 @@ def test_a_stream_that_was_dropped_empty_never_uses_an_id_again(store, schema_fi
 
 def test_migrate_waits_for_its_turn(store, schema_file):
     schema_file.write_text(SCHEMA.replace("value > 20", "value > 10"))
-    command = [
-        sys.executable,
-        str(HERE / "service.py"),
-        "migrate",
-        "--database",
-        str(store.path),
-        "--schema",
-        str(schema_file),
-    ]
+    command = migrate_command(store, schema_file)
     with store._write_lock.held():
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -2194,15 +2191,7 @@ def test_a_migration_that_is_killed_leaves_everything_as_it_was(store, schema_fi
     schema_file.write_text(
         SCHEMA.replace(stream_sql("messages"), stream_sql("messages", ", n INTEGER AS (body ->> 'n')"))
     )
-    command = [
-        sys.executable,
-        str(HERE / "service.py"),
-        "migrate",
-        "--database",
-        str(store.path),
-        "--schema",
-        str(schema_file),
-    ]
+    command = migrate_command(store, schema_file)
     for delay in (0.4, 0.6, 0.8):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         time.sleep(delay)

@@ -1,6 +1,6 @@
 """The benchmark: Inlet beside what people would use instead, on this machine, in one run.
 
-    python3 bench/run.py               all of it (about 45 minutes)
+    python3 bench/run.py               all of it (20 minutes with --seconds 2)
     python3 bench/run.py --part rates  one part: rates, footprint, ceilings, growth
     python3 bench/run.py --quick       one short round of everything, to see that it works
 
