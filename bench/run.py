@@ -1,8 +1,9 @@
 """The benchmark: Inlet beside what people would use instead, on this machine, in one run.
 
-    python3 bench/run.py               all of it (20 minutes with --seconds 2)
-    python3 bench/run.py --part rates  one part: rates, footprint, ceilings, growth
-    python3 bench/run.py --quick       one short round of everything, to see that it works
+    python3 bench/run.py                   all of it (20 minutes with --seconds 2)
+    python3 bench/run.py --part rates      one part: rates, footprint, ceilings, growth
+    python3 bench/run.py --quick           one short round of everything, to see that it works
+    python3 bench/run.py --against COMMIT  Inlet as it is now beside Inlet as it was then (bench/against.py)
 
 It makes a virtual environment in bench/.venv, installs the peers there and with npm, and wrk with apt-get if it is
 missing. Every server gets a database of its own in WAL mode with synchronous = FULL, answers after its COMMIT, and
@@ -15,9 +16,8 @@ import json
 import os
 import platform
 import shutil
-import signal
+import socket
 import sqlite3
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,223 +26,42 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
-ROOT = BENCH.parent
 VENV = BENCH / ".venv"
 if Path(sys.prefix) != VENV:
     if not (VENV / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     subprocess.run([VENV / "bin" / "pip", "install", "-q", "-r", BENCH / "requirements.txt"], check=True)
-    if not (BENCH / "peers" / "node_modules" / "better-sqlite3" / "build" / "Release").exists():
+    against_itself = any(word.startswith("--against") for word in sys.argv)
+    built = BENCH / "peers" / "node_modules" / "better-sqlite3" / "build" / "Release"
+    if not built.exists() and not against_itself:
         subprocess.run(["npm", "install", "--silent", "--no-package-lock"], cwd=BENCH / "peers", check=True)
-    if missing := [tool for tool in ("wrk", "strace", "nginx") if not shutil.which(tool)]:
+    tools = ["wrk", "strace"] if against_itself else ["wrk", "strace", "nginx"]
+    if missing := [tool for tool in tools if not shutil.which(tool)]:
         subprocess.run(["apt-get", "update", "-q"], check=True, stdout=subprocess.DEVNULL)
         subprocess.run(["apt-get", "install", "-y", "-q", *missing], check=True, stdout=subprocess.DEVNULL)
     os.execv(VENV / "bin" / "python", [VENV / "bin" / "python", *sys.argv])
 
-import psutil  # noqa: E402
-
-sys.path.insert(0, str(ROOT))
-import service  # noqa: E402
-
-PORT = 18080
-TOKEN = "bench-token"
-SHORT = json.dumps({"sensor": "a-17", "value": 21.5, "at": "2026-11-22T10:00:00Z", "tags": ["x", "y"], "note": ""})
-MESSAGE = SHORT.replace('""}', '"' + "n" * (450 - len(SHORT)) + '"}')
-assert len(MESSAGE) == 450
-TABLE = (
-    "CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT, received_at TEXT NOT NULL, client TEXT NOT NULL,"
-    " key TEXT, body TEXT NOT NULL CHECK (json_valid(body)));"
-    " CREATE UNIQUE INDEX messages_key ON messages (client, key) WHERE key IS NOT NULL"
+import against  # noqa: E402
+from servers import (  # noqa: E402
+    MESSAGE,
+    PORT,
+    ROOT,
+    cpu_s,
+    inlet,
+    median,
+    peers,
+    raise_descriptor_limit,
+    rss_mb,
+    say,
+    send_one_by_one,
+    spread,
+    system_calls,
+    table,
+    wrk,
 )
-PYTHON = str(VENV / "bin" / "python")
+
 CONNECTIONS = (1, 4, 16, 64, 256, 1000)
-
-
-class Peer:
-    """Something that takes messages over HTTP, and how to start it."""
-
-    def __init__(self, name, *command, path="/messages", body=MESSAGE, headers=None, inlet=False):
-        self.name = name
-        self.command = [word.replace("BIN", str(VENV / "bin")) for word in command]
-        self.path = path
-        self.body = body
-        self.headers = {"Content-Type": "application/json"} | (headers or {})
-        if inlet:
-            self.headers["Authorization"] = f"Bearer {TOKEN}"
-        self.inlet = inlet
-
-    @contextlib.contextmanager
-    def running(self, folder=None, environ=None, wrapper=()):
-        """Starts it with an empty database, or with the one in folder; yields the process when it answers 201."""
-        with tempfile.TemporaryDirectory() as temporary:
-            database = Path(folder or temporary) / "data.db"
-            self.prepare(database)
-            environ = os.environ | {
-                "BENCH_DATABASE": str(database),
-                "BENCH_PORT": str(PORT),
-                "INLET_DATABASE": str(database),
-                "PYTHONPATH": f"{(environ or {}).get('COUNT_PATH', '')}:{ROOT}:{BENCH / 'peers'}",
-                "PYTHONDONTWRITEBYTECODE": "1",
-            } | (environ or {})  # fmt: skip
-            command = [word.replace("DATABASE", str(database)) for word in self.command]
-            if self.accepts_a_message():
-                raise SystemExit(f"something else answers on port {PORT}: it would be measured instead")
-            started = time.perf_counter()
-            with open(Path(temporary) / "log", "w+") as log:
-                process = subprocess.Popen(
-                    [*wrapper, *command],
-                    env=environ,
-                    cwd=BENCH / "peers",
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-                try:
-                    while not self.accepts_a_message():
-                        if process.poll() is not None or time.perf_counter() > started + 60:
-                            log.seek(0)
-                            raise SystemExit(f"{self.name} does not take a message:\n{log.read()[-3000:]}")
-                        time.sleep(0.005)
-                    process.first_201_s = time.perf_counter() - started
-                    process.database = database
-                    yield process
-                finally:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGTERM)
-                    try:
-                        process.wait(20)
-                    except subprocess.TimeoutExpired:
-                        os.killpg(process.pid, signal.SIGKILL)
-                        process.wait()
-
-    def prepare(self, database):
-        if database.exists():
-            return
-        if self.inlet:
-            store = service.Store(database, service.read_schema(service.Settings.schema))
-            store.open()
-            store.add_client("bench", service.digest_of(TOKEN), "write read")
-            store.close()
-        else:
-            with contextlib.closing(sqlite3.connect(database)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.executescript(TABLE)
-
-    def accepts_a_message(self):
-        import http.client
-
-        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=10)
-        with contextlib.closing(connection), contextlib.suppress(OSError):
-            connection.request("POST", self.path, self.body, self.headers)
-            return connection.getresponse().status == 201
-        return False
-
-
-DATASETTE_SECRET = "bench-secret"
-
-
-def datasette_token():
-    return subprocess.run(
-        [VENV / "bin" / "datasette", "create-token", "root", "--secret", DATASETTE_SECRET],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-
-
-def peers():
-    service_py = (PYTHON, str(ROOT / "service.py"), "--listen", f"127.0.0.1:{PORT}", "--database", "DATABASE")
-    bind = f"127.0.0.1:{PORT}"
-    row = {"row": {"received_at": "2026-11-22T10:00:00Z", "client": "default", "body": MESSAGE}}
-    datasette_command = ("BIN/datasette", "DATABASE", "--port", str(PORT), "--root", "--secret", DATASETTE_SECRET)
-    granian = ("BIN/granian", "--interface", "wsgi", "--port", str(PORT), "--blocking-threads", "64")
-    return [
-        Peer("Inlet", *service_py, inlet=True),
-        Peer("Flask + waitress", "BIN/waitress-serve", f"--listen={bind}", "flask_app:app"),
-        Peer("Django + gunicorn", "BIN/gunicorn", "-b", bind, "-w", "2", "--threads", "4", "django_app:application"),
-        Peer("FastAPI + uvicorn", "BIN/uvicorn", "--port", str(PORT), "--no-access-log", "fastapi_app:app"),
-        Peer("Falcon + waitress, untuned", PYTHON, "falcon_app.py"),
-        Peer("Fastify + better-sqlite3", "node", "fastify_app.js"),
-        Peer(
-            "Datasette",
-            *datasette_command,
-            path="/data/messages/-/insert",
-            body=json.dumps(row),
-            headers={"Authorization": f"Bearer {datasette_token()}"},
-        ),
-        Peer("Inlet on granian", *granian, "service:application", inlet=True),
-        Peer("Inlet on gunicorn", "BIN/gunicorn", "-b", bind, "--threads", "32", "service:application", inlet=True),
-        Peer("The same server, a constant", PYTHON, "constant_app.py"),
-    ]
-
-
-# Driving
-
-
-LUA = """
-wrk.method = "%(method)s"
-%(headers)s
-wrk.body = %(body)s
-%(more)s
-done = function(summary, latency, requests)
-  io.write(string.format('RESULT {"requests": %%d, "duration_us": %%d, "status_errors": %%d, "socket_errors": %%d, '
-    .. '"p50_us": %%d, "p99_us": %%d}\\n', summary.requests, summary.duration, summary.errors.status,
-    summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout,
-    latency:percentile(50), latency:percentile(99)))
-end
-"""
-
-
-def wrk(peer, connections, seconds, method="POST", body=None, path=None, headers=None, more="", port=PORT):
-    """One run of wrk; its figures, with the rate in requests a second."""
-    body = peer.body if body is None and method == "POST" else body
-    lines = [f'wrk.headers["{name}"] = "{value}"' for name, value in (peer.headers | (headers or {})).items()]
-    with tempfile.TemporaryDirectory() as folder:
-        text = "nil"
-        if body is not None:
-            (Path(folder) / "body").write_text(body)
-            text = f'io.open("{folder}/body"):read("*a")'
-        script = Path(folder) / "script.lua"
-        script.write_text(LUA % {"method": method, "headers": "\n".join(lines), "body": text, "more": more})
-        url = f"http://127.0.0.1:{port}{path or peer.path}"
-        command = [
-            "wrk",
-            "-t1",
-            f"-c{connections}",
-            f"-d{max(1, round(seconds))}s",
-            "--timeout",
-            "20s",
-            "-s",
-            str(script),
-            url,
-        ]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    figures = json.loads(next(line for line in output.splitlines() if line.startswith("RESULT"))[7:])
-    figures["rate"] = figures["requests"] / figures["duration_us"] * 1e6
-    return figures
-
-
-def tree(process):
-    """A process and all that it has started."""
-    parent = psutil.Process(process.pid)
-    return [parent, *parent.children(recursive=True)]
-
-
-def cpu_s(process):
-    return sum(sum(member.cpu_times()[:2]) for member in tree(process))
-
-
-def rss_mb(process):
-    return sum(member.memory_info().rss for member in tree(process)) / 1e6
-
-
-def median(values):
-    values = list(values)
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
-
-
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+INSERT = "INSERT INTO messages (received_at, client, key, body) VALUES (?, ?, ?, ?)"
 
 
 # The parts
@@ -334,7 +153,7 @@ def footprint(options):
             found |= system_calls(process, peer, count)
         found |= statements_and_calls(peer, count)
         results[peer.name] = found
-    peer = peers()[0]
+    peer = inlet()
     with peer.running() as process:
         wrk_messages(peer, 1000)
         early = rss_mb(process)
@@ -347,44 +166,6 @@ def wrk_messages(peer, wanted):
     done = 0
     while done < wanted:
         done += wrk(peer, 64, 1)["requests"]
-
-
-def send_one_by_one(peer, count):
-    import http.client
-
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=30)
-    for _ in range(count):
-        connection.request("POST", peer.path, peer.body, peer.headers)
-        answer = connection.getresponse()
-        answer.read()
-        assert answer.status == 201
-    connection.close()
-
-
-def system_calls(process, peer, count):
-    """System calls, opened files and fsyncs of one message, from strace -c."""
-    with tempfile.TemporaryDirectory() as folder:
-        tracers = []
-        for n, member in enumerate(tree(process)):
-            command = ["strace", "-f", "-c", "-U", "name,calls", "-o", f"{folder}/{n}", "-p", str(member.pid)]
-            tracers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-        time.sleep(1)
-        send_one_by_one(peer, count)
-        for tracer in tracers:
-            tracer.send_signal(signal.SIGINT)
-            tracer.wait()
-        calls = {}
-        for file in Path(folder).iterdir():
-            for line in file.read_text().splitlines():
-                words = line.split()
-                if len(words) == 2 and words[1].isdigit() and words[0] != "total":
-                    calls[words[0]] = calls.get(words[0], 0) + int(words[1])
-    return {
-        "system_calls": sum(calls.values()) / count,
-        "opened_files": sum(calls.get(name, 0) for name in ("open", "openat", "creat")) / count,
-        "fsyncs": sum(calls.get(name, 0) for name in ("fsync", "fdatasync")) / count,
-        "system_calls_by_name": {name: calls[name] / count for name in sorted(calls, key=calls.get, reverse=True)[:12]},
-    }
 
 
 def statements_and_calls(peer, count):
@@ -418,19 +199,19 @@ def ceilings(options):
         samples.setdefault(name, []).append(value)
         say(f"{name}: {value:,.0f}/s")
 
-    inlet = peers()[0]
+    peer = inlet()
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             database = Path(folder) / "data.db"
-            inlet.prepare(database)
-            db = service.connect(database, "rw")
-            insert = service.Stream("messages", {}).insert
+            peer.prepare(database)
+            db = sqlite3.connect(database, isolation_level=None)
+            db.execute("PRAGMA synchronous = FULL")
             values = ("2026-11-22T10:00:00.123Z", "bench", None, MESSAGE)
-            add("sqlite3: a COMMIT for each INSERT", per_second(lambda db=db: db.execute(insert, values), 1, options))
+            add("sqlite3: a COMMIT for each INSERT", per_second(lambda db=db: db.execute(INSERT, values), 1, options))
 
             def thousand(db=db):
                 db.execute("BEGIN IMMEDIATE")
-                db.executemany(insert, (values for _ in range(1000)))
+                db.executemany(INSERT, (values for _ in range(1000)))
                 db.execute("COMMIT")
 
             add("sqlite3: 1,000 rows a COMMIT, executemany", per_second(thousand, 1000, options))
@@ -440,14 +221,14 @@ def ceilings(options):
                 per_second(lambda db=db: db.execute(page, (0,)).fetchall(), 1000, options),
             )
             db.close()
-            with inlet.running(folder):
+            with peer.running(folder):
                 ndjson = {"Content-Type": "application/x-ndjson"}
                 batch = "\n".join([MESSAGE] * 1000)
-                figures = wrk(inlet, 4, options.seconds, body=batch, headers=ndjson)
+                figures = wrk(peer, 4, options.seconds, body=batch, headers=ndjson)
                 assert not figures["status_errors"]
                 add("Inlet: NDJSON, 1,000 messages a request", figures["rate"] * 1000)
                 path, accept = "/messages?after=0&limit=1000", {"Accept": "application/x-ndjson"}
-                figures = wrk(inlet, 4, options.seconds, "GET", path=path, headers=accept)
+                figures = wrk(peer, 4, options.seconds, "GET", path=path, headers=accept)
                 assert not figures["status_errors"]
                 add("Inlet: feed, 1,000 messages a page, NDJSON", figures["rate"] * 1000)
     return {name: median(values) for name, values in samples.items()}
@@ -463,7 +244,7 @@ def per_second(action, rows, options):
 
 def growth(options):
     """The same rates in a small and in a large database, with larger bodies, and beside idle connections."""
-    inlet = peers()[0]
+    peer = inlet()
     rows = 100_000 if options.quick else 10_000_000
     results = {"rows": rows}
     with tempfile.TemporaryDirectory() as folder:
@@ -471,13 +252,14 @@ def growth(options):
         large, small = Path(folder) / "large", Path(folder) / "small"
         for place in (large, small):
             place.mkdir()
-            inlet.prepare(place / "data.db")
-        db = service.connect(large / "data.db", "rw")
+            peer.prepare(place / "data.db")
+        db = sqlite3.connect(large / "data.db", isolation_level=None)
         for start in range(0, rows, 100_000):
             db.execute("BEGIN")
             db.execute(
                 f"WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < {min(100_000, rows)})"
-                " INSERT INTO messages (received_at, client, body) SELECT '2026-11-22T10:00:00.123Z', 'bench', ? FROM n",
+                " INSERT INTO messages (received_at, client, body)"
+                " SELECT '2026-11-22T10:00:00.123Z', 'bench', ? FROM n",
                 (MESSAGE,),
             )
             db.execute("COMMIT")
@@ -487,32 +269,32 @@ def growth(options):
         samples = {}
         for _ in range(options.rounds):
             for name, place in (("small", small), ("large", large)):
-                with inlet.running(place):
-                    wrk(inlet, 64, options.seconds / 3)
-                    samples.setdefault(f"insert, {name}", []).append(wrk(inlet, 64, options.seconds)["rate"])
+                with peer.running(place):
+                    wrk(peer, 64, options.seconds / 3)
+                    samples.setdefault(f"insert, {name}", []).append(wrk(peer, 64, options.seconds)["rate"])
                     if name == "large":
                         for where, after in (("start", 0), ("end", rows - 2000)):
                             path = f"/messages?after={after}&limit=1000"
-                            rate = wrk(inlet, 4, options.seconds, "GET", path=path)["rate"]
+                            rate = wrk(peer, 4, options.seconds, "GET", path=path)["rate"]
                             samples.setdefault(f"page at the {where}", []).append(rate)
         results["database"] = {name: median(values) for name, values in samples.items()}
     samples = {}
     for _ in range(options.rounds):
         for kib in (1, 16, 256):
             body = json.dumps("x" * (kib * 1024 - 2))
-            with inlet.running():
-                samples.setdefault(f"{kib} KiB", []).append(wrk(inlet, 64, options.seconds, body=body)["rate"])
-        with inlet.running():
-            samples.setdefault("64 busy", []).append(wrk(inlet, 64, options.seconds)["rate"])
+            with peer.running():
+                samples.setdefault(f"{kib} KiB", []).append(wrk(peer, 64, options.seconds, body=body)["rate"])
+        with peer.running():
+            samples.setdefault("64 busy", []).append(wrk(peer, 64, options.seconds)["rate"])
             with idle_connections(1000, PORT):
-                samples.setdefault("64 busy, 1,000 idle", []).append(wrk(inlet, 64, options.seconds)["rate"])
+                samples.setdefault("64 busy, 1,000 idle", []).append(wrk(peer, 64, options.seconds)["rate"])
             with nginx() as port:
                 samples.setdefault("behind nginx, 64 busy", []).append(
-                    wrk(inlet, 64, options.seconds, port=port)["rate"]
+                    wrk(peer, 64, options.seconds, port=port)["rate"]
                 )
                 with idle_connections(1000, port):
                     samples.setdefault("behind nginx, 64 busy, 1,000 idle", []).append(
-                        wrk(inlet, 64, options.seconds, port=port)["rate"]
+                        wrk(peer, 64, options.seconds, port=port)["rate"]
                     )
     results["load"] = {name: median(values) for name, values in samples.items()}
     return results
@@ -520,11 +302,6 @@ def growth(options):
 
 @contextlib.contextmanager
 def idle_connections(count, port):
-    import resource
-    import socket
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
     time.sleep(1)
     yield
@@ -552,15 +329,6 @@ def nginx(port=PORT + 1):
 
 
 # Showing
-
-
-def table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def spread(figure, form="{:,.0f}"):
-    return f"{form.format(figure['median'])} ({form.format(figure['min'])}–{form.format(figure['max'])})"
 
 
 def markdown(results):
@@ -698,7 +466,9 @@ def draw(found, path):
 def machine():
     with open("/proc/cpuinfo") as file:
         model = next((line.split(": ")[1].strip() for line in file if line.startswith("model name")), "unknown CPU")
-    return f"{os.cpu_count()} cores ({model}), {platform.system()} {platform.release().split('-')[0]}, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+    system = f"{platform.system()} {platform.release().split('-')[0]}"
+    versions = f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
+    return f"{os.cpu_count()} cores ({model}), {system}, {versions}"
 
 
 def main():
@@ -708,11 +478,24 @@ def main():
     parser.add_argument("--seconds", type=float, default=3, help="of one run of wrk")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, default=BENCH / "results.json")
+    parser.add_argument("--against", metavar="COMMIT", help="compare with this commit, and measure nothing else")
+    parser.add_argument("--now", type=Path, default=ROOT, help="what is compared; the working tree, if not given")
+    parser.add_argument("--json", type=Path, help="where the comparison goes besides stdout")
     options = parser.parse_args()
+    if not options.against and (options.json or options.now != ROOT):
+        parser.error("--now and --json belong to --against")
     if options.quick:
         options.rounds, options.seconds = 1, 1
+    raise_descriptor_limit()
+    this_run = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": machine(), "rounds": options.rounds}
+    if options.against:
+        results = this_run | against.compare(options)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(against.markdown(results))
+        return
     results = json.loads(options.results.read_text()) if options.results.exists() and options.part else {}
-    results |= {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": machine(), "rounds": options.rounds}
+    results |= this_run
     for part in options.part or ["rates", "footprint", "ceilings", "growth"]:
         results[part] = globals()[part](options)
         options.results.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,30 +1,68 @@
-"""Inlet's own server answering the same POST with a constant: what is left is HTTP, routing and the body."""
+"""A server that answers the POST with a constant, so that what is left is HTTP and the body.
 
+python constant_app.py SERVER APP: SERVER is inlet (the Server of the service.py on the path) or waitress as it comes;
+APP is wsgi (nothing but the answer) or falcon (with a route, as Inlet has it).
+"""
+
+import inspect
 import os
 import signal
+import sys
+import types
 
 import falcon
+import waitress
 
-import service
+BODY = b'{"id": 1, "received_at": "2026-11-22T10:00:00.123Z"}'
+HEADERS = [
+    ("Content-Type", "application/json"),
+    ("Location", "/messages/1"),
+    ("Content-Length", str(len(BODY))),
+]  # fmt: skip
+LISTEN = f"127.0.0.1:{os.environ['BENCH_PORT']}"
+
+
+def read_body(environ):
+    return environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+
+
+def wsgi_app(environ, start_response):
+    read_body(environ)
+    start_response("201 Created", HEADERS)
+    return [BODY]
 
 
 class Messages:
     def on_post(self, req, resp):
-        service.read_body(req.env, 1_048_576)
+        read_body(req.env)
         resp.status = falcon.HTTP_201
         resp.set_header("Location", "/messages/1")
-        resp.data = b'{"id": 1, "received_at": "2026-11-22T10:00:00.123Z"}'
+        resp.data = BODY
 
 
-class NoStore:
-    gather = None
+def falcon_app():
+    app = falcon.App()
+    app.add_route("/messages", Messages())
+    return app
 
 
-app = falcon.App()
-app.add_route("/messages", Messages())
+def serve_with_inlet(app):
+    import service
 
-if __name__ == "__main__":
-    settings = service.Settings(listen=f"127.0.0.1:{os.environ['BENCH_PORT']}")
-    server = service.Server(app, NoStore(), settings)
+    # What a Server can be made of; each version takes those that its constructor names. An older one wants a store.
+    parts = {"app": app, "store": types.SimpleNamespace(), "settings": service.Settings(listen=LISTEN)}
+    if hasattr(service, "WaitingPosts"):
+        parts |= {"posts": service.WaitingPosts(), "authenticate": lambda authorization: None}
+    wanted = inspect.signature(service.Server).parameters
+    server = service.Server(**{name: part for name, part in parts.items() if name in wanted})
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.run()
+
+
+if __name__ == "__main__":
+    _, server_name, app_name = sys.argv
+    app = {"wsgi": wsgi_app, "falcon": falcon_app()}[app_name]
+    if server_name == "inlet":
+        serve_with_inlet(app)
+    else:
+        waitress.serve(app, listen=LISTEN)
