@@ -44,10 +44,3 @@ CREATE TABLE IF NOT EXISTS messages (
     body        TEXT NOT NULL CHECK (json_valid(body))   -- the JSON, byte for byte as it was sent
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS messages_key ON messages (client, key) WHERE key IS NOT NULL;
-
--- Who may come in; kept with `python service.py client`. A token itself is never stored.
-CREATE TABLE IF NOT EXISTS clients (
-    name  TEXT NOT NULL PRIMARY KEY,
-    token TEXT NOT NULL UNIQUE,  -- the SHA-256 digest of the token, in hexadecimal
-    can   TEXT NOT NULL          -- grants with spaces between: write read write:NAME read:NAME
-) STRICT;

@@ -6,11 +6,11 @@
 """Inlet takes in JSON messages over HTTP and files each one as a row in SQLite.
 
 Run it:    python service.py               (every flag: python service.py --help)
-Embed it:  any WSGI server, with service:application
+Embed it:  any WSGI server with threads, as service:application
 
-THE SCHEMA IS THE API.  schema.sql is the only file that an owner edits. A table in it that has the five
-message columns (id, received_at, client, key, body) is a stream. The body is the message; all other columns
-are generated from it. Constraints are the validation, triggers are the business logic.
+THE SCHEMA IS THE API.  schema.sql is the only file that an owner edits. A table in it with the five message
+columns (id, received_at, client, key, body) is a stream. The body is the message; every other column is
+generated from it. Constraints are the validation, triggers are the business logic.
 
 ROUTES
     POST /{stream}       take one message (application/json), or many, all or none (application/x-ndjson)
@@ -22,191 +22,248 @@ ROUTES
 GUARANTEES
  1. 201 is sent after the COMMIT that holds the message has been synced to disk (WAL, synchronous=FULL).
  2. The body is kept byte for byte. Nothing parses and re-writes it.
- 3. One Idempotency-Key of one client names at most one message: a UNIQUE index decides, so a retry gets the
-    first answer again, whatever threads, processes and crashes were in between.
+ 3. One Idempotency-Key of one client names at most one message. A UNIQUE index decides, so a retry gets the
+    first answer again, whatever threads, processes and crashes came between.
  4. 4xx: nothing was stored; do not retry unchanged. 5xx or no answer: outcome unknown; retry with the key.
  5. Ids grow in commit order and are never used again: who follows the feed's `next` misses no message.
 
 LIMITS
- One machine, one SQLite file on a local disk (network file systems do not keep guarantee 1). A body is at most
- --max-body bytes, as it is sent and as it is unpacked; a message is nested at most 512 deep, and a batch has at
- most 10,000. The built-in server waits for slow clients, but not well: put a proxy in front of it on the open
- Internet.
+ Linux or macOS; one machine; one SQLite file on a local disk (a network file system does not keep guarantee 1).
+ A body has at most --max-body bytes, as it is sent and as it is unpacked. A message is nested at most 512 deep.
+ A batch has at most 10,000 messages. On the open Internet, put a web server in front: it is better with slow clients.
 
-READING ORDER
- settings, problems, the schema, the store, clients, reading requests, resources, the app, the server for
- `python service.py`, migrate and backup, the command line. Each needs only what stands above it.
+TO CHANGE                                     SEE
+ a route, or what it answers                  the app, resources
+ a flag                                       settings
+ what makes a table a stream                  the schema
+ what a client reads when a rule refuses it   REFUSALS in the store
+ how messages reach the disk                  the store, the engine
+ who may come in                              clients
+ what a POST may contain                      reading requests
+ how HTTP is read and written                 many POSTs, one COMMIT; the server; repairs of waitress
 """
 
 import argparse
 import base64
-import binascii
 import contextlib
+import errno
 import fcntl
-import glob
 import hashlib
+import io
 import json
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
+import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from functools import lru_cache
 from http import HTTPStatus
+from itertools import accumulate
 from json.encoder import encode_basestring as json_string
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, ClassVar, NamedTuple
-from urllib.parse import quote, urlencode
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote_to_bytes, urlencode
 
 import falcon
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.channel import ClientDisconnected, HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask
+from waitress.task import WSGITask
 from waitress.wasyncore import poll2
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 log = logging.getLogger("inlet")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------
+# ==================== The app: which resource answers which path ====================================
+
+
+def create_app(store: "Store", clients: "Clients", max_body: int) -> falcon.App:
+    """Return the WSGI app that serves a store to its clients."""
+    app = falcon.App(middleware=[clients])
+    app.add_route("/", RootResource(store.schema))
+    app.add_route("/healthz", HealthResource(store, clients))
+    for stream in store.schema.streams.values():
+        resource = StreamResource(store, stream, max_body)
+        app.add_route(f"/{stream.name}", resource)
+        app.add_route(f"/{stream.name}/{{message_id:int(min=1, max={MAX_ID})}}", resource, suffix="message")
+    app.add_error_handler((Exception, falcon.HTTPError), answer_error)
+    return app
+
+
+def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
+    """Answer whatever a request raised: a refusal of ours, one of Falcon's, a read that failed, or a bug."""
+    match error:
+        case Problem():
+            problem = error
+        case falcon.HTTPNotFound():
+            problem = Problem(404, "There is nothing at this path.")
+        case falcon.HTTPError():  # Falcon says 400 to methods that it does not know; RFC 9110, 15.6.2 says 501
+            status = 405 if isinstance(error, falcon.HTTPMethodNotAllowed) else 501
+            problem = Problem(status, "This path does not take this method.", error.headers)
+        case sqlite3.Error():
+            log.error("the database cannot be read: %s: %s", type(error).__name__, error)
+            problem = Problem(503, "The database cannot be read at the moment. Try again.")
+        case _:
+            log.error("unexpected error at %s %r", req.method, req.path, exc_info=error)
+            problem = Problem(500, f"An unexpected error. {UNKNOWN_OUTCOME}")
+    resp.status = problem.status
+    resp.content_type = "application/problem+json"
+    resp.set_headers(problem.headers)
+    resp.data = problem.body()
+
+
+class LazyApplication:
+    """The app for other servers, made by the first request in a process.
+
+    So importing this module touches no disk, and a server that forks after the import (gunicorn --preload, uWSGI)
+    never shares a connection between processes, which SQLite forbids.
+    """
+
+    def __init__(self) -> None:
+        self._apps: list[falcon.App] = []
+        self._start_anew()
+        # No fork while the app is made: the child would inherit locks of SQLite that no thread of it releases.
+        os.register_at_fork(
+            before=lambda: self._lock.acquire(),
+            after_in_parent=lambda: self._lock.release(),
+            after_in_child=self._start_anew,
+        )
+
+    def _start_anew(self) -> None:
+        # _apps keeps the app of a forked child's parent, so that Python does not close its connections: that can hang.
+        self._app: falcon.App | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        try:
+            return (self._app or self._make(environ))(environ, start_response)
+        except SetupError as error:
+            log.critical("%s", error)
+            problem = Problem(503, "The service is not set up; its log says why.")
+            headers = [("Content-Type", "application/problem+json"), *problem.headers.items()]
+            start_response("503 Service Unavailable", headers)
+            return [problem.body()]
+
+    def _make(self, environ: dict[str, Any]) -> falcon.App:
+        if "uwsgi.version" in environ:
+            import uwsgi  # only there inside of uWSGI
+
+            if not {"enable-threads", "threads"} & {os.fsdecode(name) for name in uwsgi.opt}:
+                raise SetupError("uWSGI runs no threads of Python: set enable-threads = true")
+        with self._lock:
+            if self._app is None:
+                settings = settings_from({})
+                store = Store(settings.database, read_schema(settings.schema))
+                store.open()
+                self._app = create_app(store, Clients(store), settings.max_body)
+                self._apps.append(self._app)
+            return self._app
+
+
+application = LazyApplication()
+
+
+# ==================== Settings ======================================================================
 
 
 class SetupError(Exception):
-    """The service cannot start like this. The text is one line that says what to change."""
+    """The service cannot run like this. The text is one line that says what to change."""
+
+
+def setting(flag: str, default: Any, pattern: str, takes: str) -> Any:
+    """Return a field of Settings. pattern: a regular expression of valid values; takes: the text for --help."""
+    return field(default=default, metadata={"flag": flag, "pattern": pattern, "takes": takes})
+
+
+UP_TO_65535 = r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5]"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an owner can set: by a flag, else by the environment variable INLET_<NAME>."""
+    """What an owner can set: by a flag, else by the environment variable INLET_<NAME>, else the default."""
 
-    listen: str = "127.0.0.1:8080"
-    database: Path = Path("inlet.db")
-    schema: Path = Path(__file__).with_name("schema.sql")
-    threads: int = 8
-    max_body: int = 1_048_576
-    prefix: str = ""
-
-
-def settings_from(values: dict[str, str]) -> Settings:
-    """The settings with the given texts in place of the defaults; SetupError if one makes no sense."""
-    parse = {
-        "listen": address,
-        "database": file_path,
-        "schema": Path,
-        "threads": whole_number(1, 1000),
-        "max_body": whole_number(1, 1_000_000_000),
-        "prefix": path_prefix,
-    }
-    parsed = {}
-    for name, text in values.items():
-        try:
-            parsed[name] = parse[name](text)
-        except ValueError as error:
-            flag = name.replace("_", "-")
-            raise SetupError(f"--{flag} (INLET_{name.upper()}) {error}, not {text!r}") from None
-    return Settings(**parsed)
+    listen: str = setting(
+        "--listen", "127.0.0.1:8080", rf"unix:.+|.+:({UP_TO_65535})", "HOST:PORT, [IPV6]:PORT or unix:PATH"
+    )
+    database: Path = setting("--database", Path("inlet.db"), ".+", "the path of the SQLite file")
+    schema: Path = setting("--schema", Path(__file__).with_name("schema.sql"), ".+", "the path of the streams' file")
+    threads: int = setting("--threads", 8, r"[1-9]\d{0,2}", "the number of threads that read, 1 to 999")
+    max_body: int = setting(
+        "--max-body", 1_048_576, r"[1-9]\d{0,8}", "the bytes of the largest body, compressed or not"
+    )
+    prefix: str = setting("--prefix", "", r"(/[\w.~-]+)+", "the path that a proxy has it under, such as /ingest")
 
 
-def settings_in_environment() -> dict[str, str]:
-    """The texts of the settings that stand in the environment."""
-    variables = {name: f"INLET_{name.upper()}" for name in Settings.__dataclass_fields__}
-    return {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
+def settings_from(flags: dict[str, Any]) -> Settings:
+    """Return the settings that flags and environment give; SetupError names a value that makes no sense."""
+    values = {}
+    for each in fields(Settings):
+        variable = f"INLET_{each.name.upper()}"
+        text = flags.get(each.name)
+        text = os.environ.get(variable) or None if text is None else text
+        if text is not None:
+            if not re.fullmatch(each.metadata["pattern"], text, re.ASCII):
+                raise SetupError(f"{each.metadata['flag']} ({variable}) takes {each.metadata['takes']}, not {text!r}")
+            values[each.name] = type(each.default)(text)
+    return Settings(**values)
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A parser for whole numbers from low to high."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or not low <= int(text) <= high:
-            raise ValueError(f"takes a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def file_path(text: str) -> Path:
-    """The path of a file, which may not be there yet."""
-    path = Path(text)
-    if not path.name or path.is_dir():
-        raise ValueError("takes the path of a file")
-    return path
-
-
-def path_prefix(text: str) -> str:
-    """The path that a proxy in front passes on everything under, such as /ingest."""
-    if not re.fullmatch(r"(?:/[A-Za-z0-9._~-]+)+", text):
-        raise ValueError("takes a path such as /ingest")
-    return text
-
-
-def address(text: str) -> str:
-    """HOST:PORT, [IPV6]:PORT or unix:PATH, as it was given."""
-    if text.startswith("unix:") and len(text) > len("unix:"):
-        return text
-    host_and_port = re.fullmatch(r"(?:[^:\[\]\s]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", text)
-    if not host_and_port or int(host_and_port[1]) > 65535:
-        raise ValueError("takes HOST:PORT or unix:PATH")
-    return text
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Problems: every refusal, as RFC 9457 has it
-# ---------------------------------------------------------------------------------------------------------
-
-
-class Problem(Exception):
-    """An answer other than success.
-
-    status is the HTTP status, detail a sentence that a person can act on; members stand beside them in the
-    JSON, and headers go with the answer. Nothing in it may hold a token, a body or SQL.
-    """
-
-    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None, **members: Any):
-        super().__init__(detail)
-        self.status = status
-        self.headers = headers or {}
-        title = HTTPStatus(status).phrase
-        self.body = json.dumps({"title": title, "status": status, "detail": detail, **members}).encode()
-
-
-def unavailable(status: int, detail: str) -> Problem:
-    """A 5xx that tells the client when to try again."""
-    return Problem(status, detail, {"Retry-After": str(RETRY_AFTER_S)})
-
+# ==================== Problems: every refusal, as RFC 9457 has it ===================================
 
 RETRY_AFTER_S = 2
 UNKNOWN_OUTCOME = "Try again with the same Idempotency-Key: whether the message was stored is not known."
 
 
+class Problem(Exception):
+    """An answer other than success.
+
+    status is the HTTP status, detail a sentence that a person can act on. members stand beside them in the JSON,
+    and headers go with the answer. Nothing in it may hold a token, a body or SQL.
+    """
+
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None, **members: Any):
+        super().__init__(detail)
+        self.status = status
+        self.headers = dict(headers or {})
+        if status in (500, 503, 507):  # the next try may succeed
+            self.headers["Retry-After"] = str(RETRY_AFTER_S)
+        self._members = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail, **members}
+
+    def body(self) -> bytes:
+        """Return the JSON of the answer."""
+        return json.dumps(self._members).encode()
+
+
 def storage_problem(error: Exception) -> Problem:
-    """What a client is told when the database fails. https://www.sqlite.org/rescode.html"""
+    """Return what a client is told when the database fails. https://www.sqlite.org/rescode.html"""
     name = getattr(error, "sqlite_errorname", "")
+    status, cause = 503, "The database cannot be used at the moment."
     if name == "SQLITE_FULL":
-        return unavailable(507, f"The disk is full. {UNKNOWN_OUTCOME}")
-    if name.startswith("SQLITE_BUSY") or isinstance(error, TimeoutError):
-        return unavailable(503, f"Another program is writing to the database. {UNKNOWN_OUTCOME}")
-    return unavailable(503, f"The database cannot be used at the moment. {UNKNOWN_OUTCOME}")
+        status, cause = 507, "The disk is full."
+    elif name.startswith("SQLITE_BUSY") or isinstance(error, TimeoutError):
+        cause = "Another program is writing to the database."
+    return Problem(status, f"{cause} {UNKNOWN_OUTCOME}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The schema, read into streams
-# ---------------------------------------------------------------------------------------------------------
+# ==================== The schema, read into streams =================================================
 
 OLDEST_SQLITE = (3, 38, 0)  # the first with ->> built in
-
+RESERVED_NAMES = ("clients", "healthz", "metrics")
 MESSAGE_COLUMNS = {
     "id": "INTEGER PRIMARY KEY AUTOINCREMENT",
     "received_at": "TEXT NOT NULL",
@@ -214,32 +271,87 @@ MESSAGE_COLUMNS = {
     "key": "TEXT",
     "body": "TEXT NOT NULL",
 }
-RESERVED_NAMES = {"clients", "healthz", "metrics"}
-
-# White space and comments match without the group; what is left are the tokens that mean something.
+# SQL that would undo more than one message: the kind of object that has it, a pattern, why it is refused.
+UNSAFE_RULES = (
+    ("trigger", r"raise \( (?:rollback|fail|ignore)\b", "only RAISE(ABORT, 'sentence') refuses just one message"),
+    ("trigger", r"(?:insert|update) or (?:rollback|fail)\b", "OR ROLLBACK and OR FAIL undo more than one message"),
+    ("table", r"initially deferred\b", "a deferred foreign key cannot refuse one message; leave DEFERRED out"),
+    ("table", r"on conflict\b", "ON CONFLICT in a table could drop a message behind its 201; leave it out"),
+)
+# Group 1 is a token. White space and comments match too, but leave it empty.
 SQL_TOKEN = re.compile(
-    r"""\s+|--[^\n]*|/\*.*?(?:\*/|\Z)
-    |('(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]|\w+|.)""",
-    re.DOTALL | re.VERBOSE,
+    r"""\s+|--[^\n]*|/\*.*?(?:\*/|\Z)|('(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]|[\w$\x80-\U0010ffff]+|.)""",
+    re.DOTALL,
 )
 
 
-class Stream:
-    """A table that takes messages: its name, the SQL that inserts one (received_at, client, key, body), and for each
-    generated column the SQL that filters by it.
-    """
+def fold(name: str) -> str:
+    """Return a name as SQLite compares it: only ASCII letters lose their case."""
+    return name.encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
 
-    def __init__(self, name: str, filters: dict[str, str]):
-        self.name = name
-        self.filters = filters
-        self.insert = f'INSERT INTO "{name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
+
+def quoted(name: str) -> str:
+    """Return a name as SQL takes it, whatever is in it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def normal(sql: str) -> list[str]:
+    """Return the tokens of a piece of SQL, without comments, white space, and case outside of quotes."""
+    return [token if token[0] in "'\"`[" else fold(token) for token in SQL_TOKEN.findall(sql) if token]
+
+
+def columns_of(db: sqlite3.Connection, table: str) -> dict[str, sqlite3.Row]:
+    """Return the rows of https://www.sqlite.org/pragma.html#pragma_table_xinfo by the folded names of the columns.
+
+    Their `hidden` is over 1 if the column is generated.
+    """
+    cursor = db.cursor()
+    cursor.row_factory = sqlite3.Row
+    return {fold(row["name"]): row for row in cursor.execute(f"PRAGMA main.table_xinfo({quoted(table)})")}
 
 
 class SchemaObject(NamedTuple):
-    """A table, index, trigger or view: the table that it belongs to (in lower case), and its CREATE statement."""
+    """A table, index, trigger or view: its type, its name, the table that it belongs to (folded), its CREATE."""
 
+    kind: str
+    name: str
     table: str
     sql: str
+
+    @property
+    def unique(self) -> bool:
+        return normal(self.sql)[1] == "unique"
+
+    def same_as(self, other: "SchemaObject") -> bool:
+        return normal(self.sql) == normal(other.sql)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+Objects = dict[tuple[str, str], SchemaObject]  # by type and folded name
+
+
+def schema_objects(db: sqlite3.Connection) -> Objects:
+    """Return every CREATE in a database, in the order of creation."""
+    rows = db.execute(
+        "SELECT s.type, s.name, s.tbl_name, s.sql FROM sqlite_schema AS s"
+        " WHERE s.sql IS NOT NULL AND substr(s.name, 1, 7) <> 'sqlite_' ORDER BY s.rowid"
+    )
+    return {(kind, fold(name)): SchemaObject(kind, name, fold(table), sql) for kind, name, table, sql in rows}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A table that takes messages. fields: its generated columns, True for those with a type (not ANY or BLOB)."""
+
+    name: str
+    fields: dict[str, bool]
+
+    @property
+    def insert(self) -> str:
+        """The SQL that inserts a message: received_at, client, key, body."""
+        return f'INSERT INTO "{self.name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
 
 
 @dataclass(frozen=True)
@@ -248,12 +360,12 @@ class Schema:
 
     streams: dict[str, Stream]
     statements: list[str]  # in the order of the file
-    objects: dict[tuple[str, str], SchemaObject]  # by (type, name)
-    sentences: dict[str, str]  # what SQLite says of a broken constraint: what its owner says
+    objects: Objects
+    sentences: dict[str, str]  # what SQLite says of a broken rule (folded): what its owner says
 
 
 def read_schema(path: Path) -> Schema:
-    """schema.sql, tried out in an empty database in memory; SetupError names what is wrong with it."""
+    """Return what schema.sql says, tried out in an empty database; SetupError names what is wrong with it."""
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         oldest = ".".join(map(str, OLDEST_SQLITE))
         raise SetupError(f"SQLite {sqlite3.sqlite_version} is too old: Inlet needs {oldest} or newer")
@@ -263,354 +375,215 @@ def read_schema(path: Path) -> Schema:
         raise SetupError(f"{path} cannot be read: {error}") from None
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         db.execute("PRAGMA foreign_keys = ON")
-        statements = []
-        for line, statement in sql_statements(text):
-            try:
-                if not re.match(r"CREATE (?!TEMP)|INSERT ", sql_words(statement)):
-                    raise SetupError(f"{path}, line {line}: only CREATE (not TEMP) and INSERT may stand here")
-                db.execute(statement)
-                if sql_words(statement).startswith("INSERT ") and db.execute(statement).rowcount > 0:
-                    raise SetupError(
-                        f"{path}, line {line}: run again, this adds more rows: use INSERT OR IGNORE and a key"
-                    )
-            except sqlite3.Error as error:
-                raise SetupError(f"{path}, line {line}: {error}") from None
-            statements.append(statement)
-        objects = schema_objects(db)
         try:
-            for (_, name), made in objects.items():
-                refuse_unsafe_rules(name, made.sql)
-            ordinary = {row[1] for row in db.execute("PRAGMA main.table_list") if row[2] == "table"}
-            tables = [name for kind, name in objects if kind == "table" and name in ordinary]
-            streams = [stream for name in tables if (stream := stream_from(db, name, objects))]
-            require_clients(db)
+            statements = run_script(db, text)
+            objects = schema_objects(db)
+            for made in objects.values():
+                refuse_unsafe_rules(made)
+            # Is a table STRICT? Only ordinary tables count, not virtual tables and their shadow tables.
+            strict = {fold(row[1]): row[5] for row in db.execute("PRAGMA main.table_list") if row[2] == "table"}
+            tables = [made for (kind, name), made in objects.items() if kind == "table" and name in strict]
+            streams = [stream for table in tables if (stream := stream_from(db, table, strict[fold(table.name)]))]
         except SetupError as error:
             raise SetupError(f"{path}: {error}") from None
         if not streams:
-            columns = ", ".join(MESSAGE_COLUMNS)
-            raise SetupError(f"{path}: no table has the columns of a stream ({columns})")
-        sentences = dict(pair for name in tables for pair in constraint_sentences(db, name, objects))
+            raise SetupError(f"{path}: no table has the columns of a stream ({', '.join(MESSAGE_COLUMNS)})")
+        sentences = dict(pair for table in tables for pair in sentences_of(db, table))
     return Schema({stream.name: stream for stream in streams}, statements, objects, sentences)
 
 
-def sql_statements(text: str) -> Iterator[tuple[int, str]]:
-    """The statements of a script, each with the number of the line that it begins on."""
-    start = 0
-    for token in SQL_TOKEN.finditer(text):
-        if token[0] == ";" and sqlite3.complete_statement(text[start : token.end()]):
-            if len(sql_tokens(text[start : token.end()])) > 1:
-                yield line_of(text, start), text[start : token.end()]
-            start = token.end()
-    if sql_tokens(text[start:]):
-        yield line_of(text, start), text[start:]
+def run_script(db: sqlite3.Connection, text: str) -> list[str]:
+    """Run schema.sql in an empty database and return its statements; SetupError names the line that fails."""
+    statements, line, pending = [], 1, ""
+    for piece in re.split(r"(?<=;)", text):
+        pending += piece
+        first = next((token for token in SQL_TOKEN.finditer(pending) if token[1]), None)
+        if not first or (piece.endswith(";") and not sqlite3.complete_statement(pending)):
+            continue
+        where = f"line {line + pending.count(chr(10), 0, first.start())}"
+        words = normal(pending)
+        if words[0] not in ("create", "insert"):
+            raise SetupError(f"{where}: only CREATE and INSERT may stand here")
+        try:
+            db.execute(pending)
+        except sqlite3.Error as error:
+            raise SetupError(f"{where}: {error}") from None
+        if db.execute("SELECT 1 FROM sqlite_temp_schema").fetchone():
+            raise SetupError(f"{where}: only CREATE (not TEMP) and INSERT may stand here")
+        if words[0] == "insert" and not adds_nothing(db, pending):
+            raise SetupError(f"{where}: each migrate runs this again: use INSERT OR IGNORE and a key")
+        statements.append(pending)
+        line, pending = line + pending.count("\n"), ""
+    return statements
 
 
-def line_of(text: str, start: int) -> int:
-    """The number of the line with the first token from start on."""
-    first = next(token for token in SQL_TOKEN.finditer(text, start) if token[1])
-    return text.count("\n", 0, first.start()) + 1
-
-
-def sql_tokens(sql: str) -> list[str]:
-    """The tokens of a piece of SQL, without white space and comments."""
-    return [token for token in SQL_TOKEN.findall(sql) if token]
-
-
-def sql_words(sql: str) -> str:
-    """A piece of SQL in capitals, with one space between tokens, and without what stands in quotes."""
-    return " ".join(token.upper() for token in sql_tokens(sql) if token[0] not in "'\"`[")
-
-
-def schema_objects(db: sqlite3.Connection) -> dict[tuple[str, str], SchemaObject]:
-    """Every CREATE in a database, by type and name, in the order of creation."""
-    rows = db.execute(
-        "SELECT type, name, tbl_name, sql FROM sqlite_schema"
-        " WHERE sql IS NOT NULL AND substr(name, 1, 7) <> 'sqlite_' ORDER BY rowid"
-    )
-    return {(kind, name): SchemaObject(table.lower(), sql) for kind, name, table, sql in rows}
-
-
-def refuse_unsafe_rules(name: str, sql: str) -> None:
-    """Stops rules whose refusal SQLite cannot keep to the one message that broke them."""
-    words = sql_words(sql)
-    if re.search(r"\bRAISE \( (?:ROLLBACK|FAIL|IGNORE)\b|\bOR (?:ROLLBACK|FAIL)\b", words):
-        raise SetupError(f"{name}: only RAISE(ABORT, 'sentence') refuses one message and nothing else")
-    if re.search(r"\bINITIALLY DEFERRED\b", words):
-        raise SetupError(f"{name}: a deferred foreign key cannot refuse one message; leave DEFERRED out")
-    if words.startswith("CREATE TABLE") and re.search(r"\bON CONFLICT\b", words):
-        raise SetupError(f"{name}: ON CONFLICT in a table could drop a message behind its 201; leave it out")
-
-
-def stream_from(db: sqlite3.Connection, name: str, objects: dict[tuple[str, str], SchemaObject]) -> Stream | None:
-    """The stream that a table is, or None; SetupError says what an almost-stream lacks."""
-    columns = {row[1]: row for row in db.execute(f"PRAGMA table_xinfo({quoted(name)})")}
-    if len(columns.keys() & MESSAGE_COLUMNS.keys()) < 3:
-        return None
-    for column in MESSAGE_COLUMNS.keys() - columns.keys():
-        raise SetupError(f"table {name} is almost a stream: it lacks the column {column} {MESSAGE_COLUMNS[column]}")
-    for column, wanted in MESSAGE_COLUMNS.items():
-        _, _, kind, not_null, _, primary_key, hidden = columns[column]
-        has = f"{kind} PRIMARY KEY" if primary_key else f"{kind} NOT NULL" if not_null else kind
-        if primary_key and "AUTOINCREMENT" in sql_words(objects["table", name].sql).split():
-            has += " AUTOINCREMENT"
-        if hidden or has.upper() != wanted:
-            raise SetupError(f"table {name} is almost a stream: its column {column} must be {wanted}")
-    if not has_key_index(db, name, objects):
-        raise SetupError(
-            f"table {name} is almost a stream: it lacks its index, CREATE UNIQUE INDEX {name}_key"
-            f" ON {name} (client, key) WHERE key IS NOT NULL"
-        )
-    for column, (_, _, _, not_null, default, _, hidden) in columns.items():
-        if column not in MESSAGE_COLUMNS and not hidden and not_null and default is None:
-            raise SetupError(f"table {name}: nothing can fill the column {column}; generate it from the body")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or name in RESERVED_NAMES:
-        raise SetupError(f"table {name!r} cannot be a route: use letters, digits, _ and -, and no route's name")
-    generated = {column: row[2] for column, row in columns.items() if row[6] in (2, 3)}
-    stream = Stream(name, {column: filter_for(column, kind) for column, kind in generated.items()})
-    try:
-        db.execute(f"EXPLAIN {stream.insert}", (None,) * 4)  # compiles triggers and foreign keys as well
-    except sqlite3.Error as error:
-        raise SetupError(f"table {name} can take no message: {error}") from None
-    return stream
-
-
-def filter_for(column: str, kind: str) -> str:
-    """The condition that a generated column equals a text. A typed one is compared as its type, index and all;
-    one without (https://www.sqlite.org/datatype3.html, 3.1) would never equal a text if it holds a number.
-    """
-    untyped = kind.upper() in ("", "ANY", "BLOB")
-    return f"CAST({quoted(column)} AS TEXT) = ?" if untyped else f"{quoted(column)} = ?"
-
-
-def has_key_index(db: sqlite3.Connection, table: str, objects: dict[tuple[str, str], SchemaObject]) -> bool:
-    """Does a UNIQUE index hold every Idempotency-Key of a client to one row?"""
-    for _, index, unique, _, partial in db.execute(f"PRAGMA index_list({quoted(table)})").fetchall():
-        columns = {row[2] for row in db.execute(f"PRAGMA index_info({quoted(index)})")}
-        if unique and columns == {"client", "key"}:
-            if not partial:
-                return True
-            condition = [unquoted(token).upper() for token in sql_tokens(objects["index", index].sql)[-5:]]
-            if condition == ["WHERE", "KEY", "IS", "NOT", "NULL"]:
-                return True
+def adds_nothing(db: sqlite3.Connection, insert: str) -> bool:
+    """Does an INSERT that has been run add nothing when it is run again?"""
+    changes = db.total_changes
+    with contextlib.suppress(sqlite3.Error):
+        db.execute(insert).fetchall()
+        return db.total_changes == changes
     return False
 
 
-def require_clients(db: sqlite3.Connection) -> None:
-    """Stops a schema whose clients table cannot hold clients."""
-    columns = {row[1]: row for row in db.execute("PRAGMA table_xinfo(clients)")}
-    for column in ("name", "token", "can"):
-        if column not in columns or not columns[column][3]:
-            raise SetupError(f"it lacks the table clients (name, token, can), with {column} TEXT NOT NULL")
+def refuse_unsafe_rules(made: SchemaObject) -> None:
+    """Raise SetupError for what cannot be kept to one message, and for what belongs to the service."""
+    if fold(made.name) == "clients":
+        raise SetupError(f"{made} belongs to the service, which makes it: take it out of this file")
+    words = " ".join(token for token in normal(made.sql) if token[0] not in "'\"`[")
+    for kind, pattern, reason in UNSAFE_RULES:
+        if made.kind == kind and re.search(rf"\b{pattern}", words):
+            raise SetupError(f"{made}: {reason}")
+
+
+def stream_from(db: sqlite3.Connection, table: SchemaObject, strict: int) -> Stream | None:
+    """Return the stream that a table is, or None; SetupError says what an almost-stream lacks."""
+    name, columns = table.name, columns_of(db, table.name)
+    if len(columns.keys() & MESSAGE_COLUMNS.keys()) < 3:
+        return None
+    almost = f"table {name} is almost a stream"
+    for wanted, definition in MESSAGE_COLUMNS.items():
+        column = columns.get(wanted)
+        if not column:
+            raise SetupError(f"{almost}: it lacks the column {wanted} {definition}")
+        has = f"{column['type']} PRIMARY KEY" if column["pk"] else column["type"] + " NOT NULL" * column["notnull"]
+        if column["pk"] and "autoincrement" in normal(table.sql):
+            has += " AUTOINCREMENT"
+        if column["hidden"] or has.upper() != definition:
+            raise SetupError(f"{almost}: its column {wanted} must be {definition}")
+    if not strict:
+        raise SetupError(f"{almost}: it must end with STRICT, as in CREATE TABLE {name} (…) STRICT")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or fold(name) in RESERVED_NAMES:
+        raise SetupError(
+            f"table {name!r} cannot be a route: use letters, digits, _ and -, and no name of the service's"
+        )
+    for folded, column in columns.items():
+        if folded in ("after", "limit"):
+            raise SetupError(f"table {name}: the feed has a parameter {folded}; name the column otherwise")
+        unfilled = column["notnull"] and column["dflt_value"] is None and not column["hidden"]
+        if unfilled and folded not in MESSAGE_COLUMNS:
+            raise SetupError(f"table {name}: nothing can fill the column {folded}; generate it from the body")
+    generated = [column for column in columns.values() if column["hidden"] > 1]
+    stream = Stream(name, {column["name"]: column["type"].upper() not in ("ANY", "BLOB") for column in generated})
+    one_row_a_key = "ON CONFLICT (client COLLATE BINARY, key COLLATE BINARY) WHERE key IS NOT NULL DO NOTHING"
     try:
-        for name, token in (("a", "x"), ("b", "y"), ("a", "z")):
-            db.execute("INSERT INTO clients (name, token, can) VALUES (?, ?, '')", (name, token))
-    except sqlite3.IntegrityError as error:
-        if (name, token) != ("a", "z") or "UNIQUE" not in str(error):
-            raise SetupError(f"the table clients cannot hold a client: {error}") from None
-    else:
-        raise SetupError("the table clients must hold each name only once: name TEXT NOT NULL PRIMARY KEY")
+        db.execute(f"EXPLAIN {stream.insert}", (None,) * 4)  # compiles triggers and foreign keys as well
+        db.execute(f"EXPLAIN {stream.insert} {one_row_a_key}", (None,) * 4)
+    except sqlite3.Error as error:
+        if not str(error).startswith("ON CONFLICT clause does not match"):
+            raise SetupError(f"table {name} can take no message: {error}") from None
+        index = f"CREATE UNIQUE INDEX {name}_key ON {name} (client, key) WHERE key IS NOT NULL"
+        raise SetupError(f"{almost}: it lacks its index, {index}") from None
+    return stream
 
 
-def constraint_sentences(
-    db: sqlite3.Connection, table: str, objects: dict[tuple[str, str], SchemaObject]
-) -> Iterator[tuple[str, str]]:
-    """(what SQLite says, what the client reads) for the constraints of a table that have a name."""
-    for definition in sql_definitions(objects["table", table].sql):
-        words = [token.upper() for token in definition]
-        for at in (i for i, word in enumerate(words[:-2]) if word == "CONSTRAINT"):
-            sentence, kind = unquoted(definition[at + 1]), words[at + 2]
-            if kind == "CHECK":
-                yield f"CHECK constraint failed: {sentence}", sentence
-            elif kind == "NOT" and at > 0:
-                yield f"NOT NULL constraint failed: {table}.{unquoted(definition[0])}", sentence
-            elif kind == "UNIQUE":
-                columns = definition[at + 4 : words.index(")", at)] if at == 0 else definition[:1]
-                names = ", ".join(f"{table}.{unquoted(c)}" for c in columns if c != ",")
-                yield f"UNIQUE constraint failed: {names}", sentence
-    for _, index, unique, origin, _ in db.execute(f"PRAGMA index_list({quoted(table)})").fetchall():
-        if unique and origin == "c" and " " in index:  # a name without a space is for the owner's eyes
-            columns = [row[2] for row in db.execute(f"PRAGMA index_info({quoted(index)})")]
-            yield f"UNIQUE constraint failed: {', '.join(f'{table}.{c}' for c in columns)}", index
-            yield f"UNIQUE constraint failed: index '{index}'", index
+def sentences_of(db: sqlite3.Connection, table: SchemaObject) -> Iterator[tuple[str, str]]:
+    """Yield (what SQLite says, what the client reads) for the named CHECKs and UNIQUE INDEXes of a table."""
+    tokens = normal(table.sql)
+    for before, name, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        if (before, after) == ("constraint", "check"):
+            sentence = name[1:-1].replace(name[0] * 2, name[0]) if name[0] in "'\"`[" else name
+            yield fold(f"CHECK constraint failed: {sentence}"), sentence
+    for _, index, unique, origin, _ in db.execute(f"PRAGMA index_list({quoted(table.name)})").fetchall():
+        if unique and origin == "c" and " " in index:  # an index name with a space is a sentence for the client
+            columns = [f"{table.name}.{row[2]}" for row in db.execute(f"PRAGMA index_info({quoted(index)})")]
+            yield fold(f"UNIQUE constraint failed: {', '.join(columns)}"), index
+            yield fold(f"UNIQUE constraint failed: index '{index}'"), index
 
 
-def sql_definitions(create_table: str) -> list[list[str]]:
-    """The tokens of each column and table constraint between the outer parentheses of a CREATE TABLE."""
-    definitions: list[list[str]] = [[]]
-    depth = 0
-    for token in sql_tokens(create_table):
-        depth -= token == ")"
-        if depth == 1 and token == ",":
-            definitions.append([])
-        elif depth > 0:
-            definitions[-1].append(token)
-        depth += token == "("
-    return definitions
+def differences(db: sqlite3.Connection, schema: Schema) -> list[tuple[str, bool]]:
+    """Return how a database differs from schema.sql, and True for what must not be served like this.
 
-
-def quoted(name: str) -> str:
-    """A name as SQL takes it, whatever is in it."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def unquoted(token: str) -> str:
-    """The name that a token of SQL stands for."""
-    if token[0] in "\"'`":
-        return token[1:-1].replace(token[0] * 2, token[0])
-    return token[1:-1] if token[0] == "[" else token
-
-
-def differences(db: sqlite3.Connection, schema: Schema) -> list[str]:
-    """What the tables of a database lack or have too much, beside schema.sql; empty if they are the same.
-
-    Comments and white space do not count, and neither do tables and views of somebody else's.
+    An index that is not UNIQUE may differ. Comments and other people's tables do not count.
     """
-    found = []
-    existing = schema_objects(db)
-    for (kind, name), new in schema.objects.items():
-        old = existing.get((kind, name))
-        if old is None:
-            found.append(f"{kind} {name} is new")
-        elif sql_tokens(old.sql) != sql_tokens(new.sql):
-            before, after = ({" ".join(d) for d in sql_definitions(made.sql)} for made in (old, new))
-            changes = [f"+ {d}" for d in sorted(after - before)] + [f"- {d}" for d in sorted(before - after)]
-            found.append(f"{kind} {name} has changed" + "".join(f" [{change}]" for change in changes))
-    return found + [f"{kind} {name} is gone from the schema" for kind, name in leftovers(db, schema)]
+    found, existing = [], schema_objects(db)
+    for key, new in schema.objects.items():
+        old = existing.get(key)
+        serious = new.kind != "index" or new.unique or bool(old and old.unique)
+        if not old:
+            found.append((f"{new} is new", serious))
+        elif not new.same_as(old):
+            before, after = ({line.strip() for line in made.sql.splitlines()} for made in (old, new))
+            changes = [f"[+ {line}]" for line in sorted(after - before)] + [f"[- {line}]" for line in before - after]
+            found.append((" ".join([f"{new} has changed", *changes]), serious))
+    return found + [(f"{old} is not in the schema", old.kind != "index" or old.unique) for old in leftovers(db, schema)]
 
 
-def leftovers(db: sqlite3.Connection, schema: Schema) -> list[tuple[str, str]]:
-    """(type, name) of what once stood in schema.sql: streams, and indexes and triggers on its tables."""
-
-    tables = {name.lower() for kind, name in schema.objects if kind == "table"}
-
-    def belongs(kind: str, name: str, table: str) -> bool:
-        if kind == "table":
-            columns = {row[1] for row in db.execute(f"PRAGMA table_xinfo({quoted(name)})")}
-            return MESSAGE_COLUMNS.keys() <= columns
-        return table in tables
-
-    existing = schema_objects(db).items()
-    gone = [(kind, name, made.table) for (kind, name), made in existing if (kind, name) not in schema.objects]
-    return [(kind, name) for kind, name, table in gone if belongs(kind, name, table)]
+def leftovers(db: sqlite3.Connection, schema: Schema) -> list[SchemaObject]:
+    """Return what schema.sql no longer has: streams, and indexes and triggers of tables that it still has."""
+    known = {name for kind, name in schema.objects if kind in ("table", "view")}
+    gone = [old for key, old in schema_objects(db).items() if key not in schema.objects and old.kind != "view"]
+    was_stream = MESSAGE_COLUMNS.keys()
+    return [o for o in gone if (columns_of(db, o.name).keys() >= was_stream if o.kind == "table" else o.table in known)]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The store: "commit these entries, tell me what became of each; read these rows"
-# ---------------------------------------------------------------------------------------------------------
+# ==================== The store: commit entries, read rows ===========================================================
 
-BUSY_TIMEOUT_S = 10.0  # how long a message waits for its turn to be written before it is answered with 503
-LARGE_WAL_BYTES = 16 * 1024 * 1024  # it is about 4 MiB if no reader stays for long
-SQLITE_CONSTRAINT_DATATYPE = 3091  # of STRICT tables; Python has no name for it
-PAGE_BYTES = 4 * 1024 * 1024  # a page of the feed ends after about this much
+BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
+READ_TIMEOUT_S = 10.0  # for the SQL of one page
+CANNOT_APPLY = "A rule of this stream cannot be applied to the message"  # such as an overflow in an expression
+
+# What a client reads, by SQLite's name of the error. {said} are SQLite's words, {text} the same without the table's
+# name, {subject} what they are about.
+REFUSALS = {
+    "SQLITE_CONSTRAINT_NOTNULL": (422, "{subject} is required"),
+    "SQLITE_CONSTRAINT_CHECK": (422, "The message breaks a rule of this stream (CHECK)"),
+    "SQLITE_CONSTRAINT_UNIQUE": (409, "Another message has the same {subject}"),
+    "SQLITE_CONSTRAINT_PRIMARYKEY": (409, "Another message has the same {subject}"),
+    "SQLITE_CONSTRAINT_ROWID": (409, "Another message has the same {subject}"),
+    "SQLITE_CONSTRAINT_FOREIGNKEY": (422, "The message refers to something that does not exist (FOREIGN KEY)"),
+    "SQLITE_CONSTRAINT_TRIGGER": (422, "{said}"),
+    "SQLITE_CONSTRAINT_DATATYPE": (422, "{text}"),  # of STRICT tables: cannot store TEXT value in REAL column …
+    "SQLITE_CONSTRAINT": (422, CANNOT_APPLY),  # of virtual tables
+    "SQLITE_CONSTRAINT_VTAB": (422, CANNOT_APPLY),
+    "SQLITE_MISMATCH": (422, CANNOT_APPLY),
+    "SQLITE_ERROR": (422, CANNOT_APPLY),
+    "SQLITE_TOOBIG": (422, CANNOT_APPLY),
+}
 
 
 def utc_now() -> str:
-    """The time in UTC as RFC 3339, with milliseconds."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    """Return the time in UTC as RFC 3339, with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
-def connect(path: Path, mode: str) -> sqlite3.Connection:
-    """A connection in autocommit mode; mode is ro, rw or rwc as in https://www.sqlite.org/uri.html"""
-    db = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}",
-        uri=True,
-        isolation_level=None,
-        check_same_thread=False,
-        timeout=BUSY_TIMEOUT_S,
-    )
-    db.execute("PRAGMA foreign_keys = ON")
-    db.execute("PRAGMA synchronous = FULL")  # in WAL mode: one fsync of the WAL in every COMMIT
-    db.execute("PRAGMA checkpoint_fullfsync = ON")  # macOS: fsync alone does not reach the disk there
-    db.execute("PRAGMA fullfsync = ON")
-    return db
+class Stored(NamedTuple):
+    """The result of an entry that is on disk. replayed: it was there before, under the same key."""
+
+    first_id: int
+    last_id: int
+    received_at: str
+    replayed: bool = False
 
 
-class WriteLock:
-    """The turn to write, among processes: a flock on a file of its own beside the database.
+@dataclass(slots=True, eq=False)
+class Entry:
+    """What one request wants written: JSON texts that have been checked. Without any, it only tries to write.
 
-    SQLite's own lock is polled for, so that a busy process starves the others; and from 3.7.0 to 3.51.2 two
-    connections that write or checkpoint at the same moment can corrupt a WAL. Whoever waits here is queued by
-    the kernel. flock(2) knows no time limit, so a thread waits where the caller may have to give up, on a
-    descriptor of its own: what it is granted too late cannot be mistaken for a lock that somebody uses.
+    key stands for all bodies. deadline, a time.monotonic(), is when the client gets its 503.
     """
 
-    def __init__(self, database: Path):
-        self._path = database.with_name(database.name + "-lock")
-        self._fd = self._open()
-
-    def _open(self) -> int:
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-    @contextlib.contextmanager
-    def held(self, timeout_s: float = BUSY_TIMEOUT_S) -> Iterator[None]:
-        """Holds the lock for a block; TimeoutError if another process has it for too long."""
-        fd = self._fd
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fd = self._granted_within(timeout_s)
-        try:
-            yield
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            if fd != self._fd:
-                os.close(fd)
-
-    def _granted_within(self, timeout_s: float) -> int:
-        fd = self._open()
-        guard = threading.Lock()
-        granted, abandoned = threading.Event(), threading.Event()
-
-        def wait_in_kernel() -> None:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            with guard:
-                granted.set()
-                if abandoned.is_set():
-                    os.close(fd)
-
-        threading.Thread(target=wait_in_kernel, daemon=True).start()
-        granted.wait(timeout_s)
-        with guard:
-            if not granted.is_set():
-                abandoned.set()
-                raise TimeoutError("another process holds the write lock")
-        return fd
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-class Entry:
-    """What one request wants written, and then what became of it."""
-
-    __slots__ = (
-        *("batch", "bodies", "client", "deadline", "done", "first_id", "key", "last_id", "line", "problem"),
-        *("received_at", "replayed", "stream"),
-    )
-
-    def __init__(self, stream: Stream, client: str, key: str | None, bodies: list[str], batch: bool = False):
-        self.stream = stream
-        self.client = client
-        self.key = key
-        self.bodies = bodies
-        self.batch = batch
-        self.deadline = time.monotonic() + BUSY_TIMEOUT_S
-        self.done = False
-        self.problem: Problem | None = None
-        self.replayed = False
-        self.received_at = ""
-        self.first_id = self.last_id = self.line = 0
+    stream: Stream | None = None
+    client: str = ""
+    key: str | None = None
+    bodies: list[str] = field(default_factory=list)
+    batch: bool = False
+    deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
+    line: int = 1  # of the batch: the one that is being inserted
+    result: Stored | Problem | None = None
+    wake: Any = None  # a lock that is released when there is a result, or when this thread has to write
+    leads: bool = False  # does this thread write?
 
 
 class Store:
-    """The messages, in one SQLite file.
+    """The messages. Many threads append, and one COMMIT takes what has come together.
 
-    Requests that wait at the same time share one COMMIT: each queues its entry and asks for the lock; who
-    gets it writes everything that is queued and commits once, and the others find their work done. The sqlite3
-    module alone writes 5,200 rows a second with a COMMIT for each, and 150,000 with one for a thousand (bench/).
+    A thread that finds no other one writing writes everything that is queued, and commits once. The others wait for
+    their own result. Then one that still waits is told to write. With 64 threads, a plain lock gave 1.7 messages a
+    COMMIT, and this gives 30 (bench/README.md).
 
-    gather is called with an entry that has been queued, before its thread asks for the lock. A server can use
-    it to let more requests queue theirs; see TurnDispatcher.
+    while_waiting is called with an entry that has been queued, before its thread waits: a server can use the time to
+    run more requests.
     """
 
     def __init__(
@@ -618,178 +591,143 @@ class Store:
         path: Path,
         schema: Schema,
         clock: Callable[[], str] = utc_now,
-        gather: Callable[[Entry], None] = lambda entry: None,
+        while_waiting: Callable[[Entry], None] = lambda entry: None,
     ):
-        self.path = path
         self.schema = schema
-        self.clock = clock
-        self.gather = gather
-        self._queue: deque[Entry] = deque()
-        self._lock = threading.Lock()  # held by the thread that writes
-        self._write_lock: WriteLock | None = None
-        self._writer: sqlite3.Connection | None = None
-        self._files: list[tuple[int, int] | None] = []
-        self._wal_is_large = False
-        self._generation = 0  # of the files: readers open theirs again when it has grown
-        self._readers = threading.local()
-        # The sqlite3 module gives up the GIL at each row, so that two threads that read a page each hand it to
-        # each other a thousand times: 4 at once made 110 pages a second, in turn 200. A filter may take long
-        # between two rows, so it waits for nobody.
+        self.database = Database(path)
+        self._clock = clock
+        self._while_waiting = while_waiting
+        self._mutex = threading.Lock()  # for the next two, and for the results of entries
+        self._queue: list[Entry] = []
+        self._writing = False  # is there a thread that writes, or was told to?
+        # Threads that read pages at once fight for the GIL at every row: four made 110 pages a second, and 200 in turn.
+        # A read with a filter can be slow, so it does not take this lock.
         self.page_turn = threading.Lock()
 
-    # Opening and closing
+    def open(self, default_token: str = "") -> bool:
+        """Open the database, or make it; SetupError if it cannot be used or differs from the schema.
 
-    def open(self) -> None:
-        """Makes the database if there is none; SetupError if it cannot be used or differs from the schema."""
+        Returns True if it was made, together with the client `default`, if a token for it is given.
+        """
+        path = self.database.path
         try:
-            self._write_lock = WriteLock(self.path)
-            try:
-                with self._write_lock.held():
-                    self._create_or_compare()
-                    self._open_writer()
-            except BaseException:
-                self._write_lock.close()
-                raise
-        except TimeoutError as error:
-            raise SetupError(f"{self.path}: {error}") from None
+            with alone(path, "rwc") as db:
+                if db.execute("PRAGMA encoding").fetchone() != ("UTF-8",):
+                    raise SetupError(f"{path} is not in UTF-8: copy it into a new database")
+                db.execute("PRAGMA journal_mode = WAL")
+                made = not schema_objects(db)
+                db.execute("BEGIN IMMEDIATE")
+                touch(db)  # which fails now, where each message would fail later
+                db.execute(CLIENTS_TABLE)
+                if made:
+                    for statement in self.schema.statements:
+                        db.execute(statement)
+                    if default_token:
+                        db.execute(ADD_CLIENT, ("default", digest_of(default_token), "write read"))
+                db.execute("COMMIT")
+                found = differences(db, self.schema)
+            sync_directory(path.parent)  # or a power cut could take a new file with every message in it
         except (sqlite3.Error, OSError) as error:
-            raise SetupError(f"{self.path} cannot be opened: {error}") from None
-
-    def _create_or_compare(self) -> None:
-        with contextlib.closing(connect(self.path, "rwc")) as db:
-            if not schema_objects(db):
-                self._create(db)
-            found = differences(db, self.schema)
-        if found:
-            raise SetupError(f"{self.path} differs from the schema ({'; '.join(found)}): run migrate")
-
-    def _create(self, db: sqlite3.Connection) -> None:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("BEGIN IMMEDIATE")
-        for statement in self.schema.statements:
-            db.execute(statement)
-        db.execute("COMMIT")
-        sync_directory(self.path.parent)  # or a power cut could take the new file with every message in it
-
-    def _open_writer(self) -> sqlite3.Connection:
-        """The connection that writes. The caller holds the write lock."""
-        db = connect(self.path, "rw")  # never makes a file: a database that has gone is not to be replaced
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute(f"PRAGMA journal_size_limit = {LARGE_WAL_BYTES}")  # what a long reader made grow shrinks after
-        # After a failed fsync the kernel takes the lost pages for clean (https://lwn.net/Articles/752063/), and
-        # a WAL with a hole in it ends there. So what an earlier process left in the WAL goes to the database.
-        # If a reader is in its way, the WAL is in use by somebody who knows where it ends, and stays as it is.
-        checkpoint(db)
-        self._files = file_identities(self.path)
-        self._generation += 1
-        self._writer = db
-        return db
-
-    def _discard_writer(self) -> None:
-        if self._writer:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.close()
-        self._writer = None
+            raise SetupError(f"{path} cannot be opened: {error}") from None
+        if any(is_serious for _, is_serious in found):
+            told = "; ".join(text for text, _ in found)
+            raise SetupError(f"{path} differs from the schema ({told}): run migrate")
+        for text, _ in found:
+            log.warning("%s: run migrate", text)
+        return made
 
     def close(self) -> None:
-        """Lets a COMMIT that is under way end, then closes; the WAL goes into the database."""
-        if self._lock.acquire(timeout=BUSY_TIMEOUT_S):
-            with contextlib.suppress(TimeoutError, sqlite3.Error), self._write_lock.held():
-                if self._writer:
-                    checkpoint(self._writer)
-                self._discard_writer()
-            self._write_lock.close()
-            self._lock.release()
+        """Let a COMMIT that is under way end, then close."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while self._writing and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.database.close()
 
     # Writing
 
-    def append(self, entry: Entry) -> None:
-        """Commits the messages of an entry to disk, all or none; the entry then holds their ids.
+    def append(self, entry: Entry) -> Stored:
+        """Commit the messages of an entry to disk, all or none.
 
-        Its bodies are JSON texts that have been checked. Raises Problem: 4xx when a rule of the schema refused
-        them (nothing is stored), 5xx when the outcome is unknown.
+        Raises Problem: 4xx when a rule of the schema refused them (nothing is stored), 5xx when the outcome is unknown.
         """
-        self._queue.append(entry)
-        self.gather(entry)
-        if not entry.done and self._lock.acquire(timeout=max(0.0, entry.deadline - time.monotonic())):
-            try:
-                if not entry.done:
-                    self._commit(self._take_queue(), entry.deadline)
-            finally:
-                self._lock.release()
-        if not entry.done:
-            with contextlib.suppress(ValueError):  # not there: it is in the COMMIT that takes so long
-                self._queue.remove(entry)
-            raise storage_problem(TimeoutError())
-        if entry.problem:
-            raise entry.problem
+        with self._mutex:
+            self._queue.append(entry)
+        self._while_waiting(entry)
+        with self._mutex:
+            if entry.result is None and not self._writing:
+                self._writing = entry.leads = True
+            elif entry.result is None:
+                entry.wake = threading.Lock()
+                entry.wake.acquire()
+        if entry.wake and not entry.wake.acquire(timeout=max(0.0, entry.deadline - time.monotonic())):
+            with self._mutex:
+                if not (entry.result or entry.leads):
+                    entry.result = storage_problem(TimeoutError())
+        if entry.leads:
+            self._lead(entry)
+        if isinstance(entry.result, Problem):
+            raise entry.result
+        return entry.result
 
-    def _take_queue(self) -> list[Entry]:
-        group = []
-        with contextlib.suppress(IndexError):  # len() says nothing: an entry may be withdrawn at any moment
-            while True:
-                group.append(self._queue.popleft())
-        return group
-
-    def _commit(self, group: list[Entry], deadline: float) -> None:
-        """Writes a group of entries with one COMMIT. On any failure of the database, all of them fail."""
-        failure = storage_problem(RuntimeError())
+    def _lead(self, entry: Entry) -> None:
+        """Write what is queued until this entry has its result, then let one that waits go on."""
         try:
-            with self._write_lock.held(max(0.1, deadline - time.monotonic())):
-                try:
-                    db = self._ready_writer()
-                    received_at = self.clock()
-                    db.execute("BEGIN IMMEDIATE")
-                    for entry in group:
-                        self._insert(db, entry, received_at)
-                    db.execute("COMMIT")
-                    if self._files != file_identities(self.path):
-                        raise OSError("the database was removed or replaced during the COMMIT")
-                    failure = None
-                    self._watch_wal()
-                except BaseException:
-                    self._discard_writer()  # rolls back; a failed COMMIT is never tried again
-                    raise
-        except (sqlite3.Error, OSError, MemoryError) as error:
-            log.error("%d requests could not be written: %s: %s", len(group), type(error).__name__, error)
-            failure = storage_problem(error)
+            while entry.result is None:
+                self._write_group()
         finally:
-            for entry in group:
-                entry.problem = failure or entry.problem
-                entry.done = True
+            with self._mutex:
+                heir = next((waiting for waiting in self._queue if waiting.wake and not waiting.result), None)
+                self._writing = heir is not None
+                if heir:
+                    heir.leads = True
+                    heir.wake.release()
 
-    def _watch_wal(self) -> None:
-        """Says once that the WAL has grown large, and once that it no longer is."""
-        large = os.path.getsize(f"{self.path}-wal") > LARGE_WAL_BYTES
-        if large and not self._wal_is_large:
-            log.warning("the WAL has grown over %d MiB: a reader stays open", LARGE_WAL_BYTES // 2**20)
-        elif self._wal_is_large and not large:
-            log.info("the WAL is small again")
-        self._wal_is_large = large
+    def _write_group(self) -> None:
+        """Write everything that is queued with one COMMIT. If that fails, all of it fails."""
+        group, results, failure = [], [], RuntimeError("a bug")
+        with self._mutex:
+            deadline = min(waiting.deadline for waiting in self._queue if not waiting.result)
+        try:
+            with self.database.transaction(deadline) as db:
+                received_at = self._clock()
+                with self._mutex:
+                    group, self._queue = [waiting for waiting in self._queue if not waiting.result], []
+                written = [self._insert(db, entry, received_at) for entry in group]
+            results = written
+        except (sqlite3.Error, OSError, MemoryError) as error:
+            failure = error
+            if (
+                not group
+            ):  # the transaction has not begun. Without the lock, entries that came later may still wait for it.
+                now = time.monotonic() if isinstance(error, TimeoutError) else float("inf")
+                with self._mutex:
+                    group = [entry for entry in self._queue if entry.deadline <= now]
+                    self._queue = [entry for entry in self._queue if entry.deadline > now]
+            if group:
+                log.error("%d requests could not be written: %s: %s", len(group), type(error).__name__, error)
+        finally:
+            with self._mutex:
+                for entry, result in zip(group, results or [storage_problem(failure) for _ in group], strict=True):
+                    entry.result = result
+                    if entry.wake and entry.wake.locked():
+                        entry.wake.release()
 
-    def _ready_writer(self) -> sqlite3.Connection:
-        """The connection that writes, opened again if it is lost or its files are not the ones on disk."""
-        if self._writer and self._files != file_identities(self.path):
-            log.error("%s or its WAL was removed or replaced; opening it again", self.path)
-            if self._files[0] == file_identity(self.path):
-                checkpoint(self._writer)  # what is in a WAL that was removed can still be saved
-            self._discard_writer()
-        return self._writer or self._open_writer()
-
-    def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> None:
-        """Inserts the rows of one entry. A refusal is noted in it, and undoes that entry only."""
-        entry.line = 1
+    def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
+        """Insert the rows of an entry. What refuses them undoes this entry only; raises what undoes more than that."""
+        if not entry.bodies:
+            touch(db)
+            return Stored(0, 0, received_at)
         try:
             if entry.batch:
                 db.execute("SAVEPOINT batch")
             values = (received_at, entry.client, entry.key, entry.bodies[0])
-            entry.first_id = entry.last_id = db.execute(entry.stream.insert, values).lastrowid
+            first = last = db.execute(entry.stream.insert, values).lastrowid
             if entry.batch:
                 db.executemany(entry.stream.insert, rows_after_the_first(entry, received_at))
-                (entry.last_id,) = db.execute("SELECT last_insert_rowid()").fetchone()
+                (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
                 db.execute("RELEASE batch")
-            entry.received_at = received_at
-        except sqlite3.Error as error:
+            return Stored(first, last, received_at)
+        except (sqlite3.Error, MemoryError) as error:
             # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
             # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
             if not db.in_transaction:
@@ -797,165 +735,355 @@ class Store:
             if entry.batch:
                 db.execute("ROLLBACK TO batch")
                 db.execute("RELEASE batch")
-            if not self._settle(db, entry, error):
-                raise
+            return self._replay(db, entry) or self._refusal(db, entry, error)
 
-    def _settle(self, db: sqlite3.Connection, entry: Entry, error: sqlite3.Error) -> bool:
-        """Decides an entry whose INSERT failed: a replay, or a refusal. False if the message is not the cause."""
-        stored = self._stored_under_key(db, entry) if entry.key else []
-        members = {"stream": entry.stream.name} | ({"line": entry.line} if entry.batch else {})
-        if stored and [body for _, _, body in stored] == entry.bodies:
-            entry.first_id, entry.received_at, _ = stored[0]
-            entry.last_id = stored[-1][0]
-            entry.replayed = True
-        elif stored:
-            entry.problem = Problem(422, "This Idempotency-Key was used before, with another body.")
-        elif isinstance(error, sqlite3.IntegrityError):
-            status, sentence = self._refusal(error, entry.stream)
-            entry.problem = Problem(status, sentence, **members)
-        elif error.sqlite_errorname in ("SQLITE_ERROR", "SQLITE_TOOBIG") and can_compile(db, entry.stream.insert):
-            # Not the statement but what this body makes of it, such as an overflow in an expression.
-            entry.problem = Problem(422, "A rule of this stream cannot be applied to the message.", **members)
-        return entry.replayed or entry.problem is not None
-
-    def _stored_under_key(self, db: sqlite3.Connection, entry: Entry) -> list[tuple[int, str, str]]:
-        """(id, received_at, body) of the message, or of all lines of the batch, that came with a key."""
-        return db.execute(
-            f'SELECT id, received_at, body FROM "{entry.stream.name}"'
-            " WHERE client = ? AND (key = ? OR key > ? AND key < ?) ORDER BY id",
-            (entry.client, entry.key, key_of_line(entry.key, ""), entry.key + "!"),  # "!" is next to the space
+    def _replay(self, db: sqlite3.Connection, entry: Entry) -> Stored | Problem | None:
+        """Return what was stored under the key of an entry, a Problem if that was something else, or None."""
+        if entry.key is None:
+            return None
+        rows = db.execute(
+            f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
+            " WHERE t.client COLLATE BINARY = ? AND (t.key COLLATE BINARY = ?"
+            " OR t.key COLLATE BINARY > ? AND t.key COLLATE BINARY < ?) ORDER BY t.id",
+            (entry.client, entry.key, key_of_line(entry.key, ""), entry.key + "!"),  # "!" follows the space
         ).fetchall()
+        sent = {key_of_line(entry.key, line): body for line, body in enumerate(entry.bodies, 1)}
+        stored = {key: body for _, _, key, body in rows}
+        if stored == sent:
+            return Stored(rows[0][0], rows[-1][0], rows[0][1], replayed=True)
+        or_deleted = ", or some of its messages have been deleted since" if stored.items() <= sent.items() else ""
+        return Problem(422, f"This Idempotency-Key was used before, with another body{or_deleted}.") if stored else None
 
-    def _refusal(self, error: sqlite3.IntegrityError, stream: Stream) -> tuple[int, str]:
-        """(status, what the client reads) for a broken rule: the owner's words where there are any."""
-        text, kind = str(error), error.sqlite_errorname
-        subject = text.rpartition(": ")[2].replace(f"{stream.name}.", "")
-        sentence = self.schema.sentences.get(text)
-        if kind in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
-            return 409, sentence or "Another message has the same " + subject.replace("index ", "")
-        if kind == "SQLITE_CONSTRAINT_NOTNULL":
-            sentence = sentence or f"{subject} is required"
-        elif kind == "SQLITE_CONSTRAINT_FOREIGNKEY":
-            sentence = "The message refers to something that does not exist (FOREIGN KEY)"
-        elif error.sqlite_errorcode == SQLITE_CONSTRAINT_DATATYPE:  # "cannot store TEXT value in REAL column …"
-            sentence = text.replace(f"{stream.name}.", "")
-        elif kind == "SQLITE_CONSTRAINT_TRIGGER":
-            sentence = text
-        return 422, sentence or "The message breaks a rule of this stream (CHECK)"
-
-    def probe(self) -> None:
-        """Writes and syncs one page, as a message would; raises what stops it."""
-        if not self._lock.acquire(timeout=BUSY_TIMEOUT_S):
-            raise TimeoutError("a COMMIT takes too long")
+    def _refusal(self, db: sqlite3.Connection, entry: Entry, error: Exception) -> Problem:
+        """Return why an entry was not inserted: a rule that it breaks, or a fault of the database."""
+        said, name = str(error), getattr(error, "sqlite_errorname", "")
+        if said.startswith("cannot store "):  # Python 3.11 has no name for it
+            name = "SQLITE_CONSTRAINT_DATATYPE"
         try:
-            with self._write_lock.held():
-                try:
-                    db = self._ready_writer()
-                    db.execute("BEGIN IMMEDIATE")
-                    (version,) = db.execute("PRAGMA user_version").fetchone()
-                    db.execute(f"PRAGMA user_version = {version}")  # writes page 1, also when it stays the same
-                    db.execute("COMMIT")
-                except BaseException:
-                    self._discard_writer()
-                    raise
-        finally:
-            self._lock.release()
+            # Can any message be inserted? The text is new each time: SQLite looks at the tables when it compiles.
+            db.execute(f"EXPLAIN {entry.stream.insert} -- {time.monotonic_ns()}", (None,) * 4)
+            status, words = REFUSALS[name]
+        except (sqlite3.Error, KeyError):
+            log.error("a message for %s could not be stored: %s: %s", entry.stream.name, name, error)
+            return storage_problem(error)
+        text = re.sub(rf"\b{entry.stream.name}\.", "", said, flags=re.IGNORECASE)
+        words = words.format(said=said, text=text, subject=text.rpartition(": ")[2].removeprefix("index "))
+        members = {"stream": entry.stream.name} | ({"line": entry.line} if entry.batch else {})
+        return Problem(status, self.schema.sentences.get(fold(said), words), **members)
 
-    # Reading: a connection for each thread, which never waits for a writer
+    # Reading
 
-    def _reader(self) -> sqlite3.Connection:
-        if getattr(self._readers, "generation", None) != self._generation:
-            generation = self._generation
-            self._readers.db = connect(self.path, "ro")
-            self._readers.generation = generation
-        return self._readers.db
+    def page(
+        self, stream: Stream, after: int, limit: int, filters: dict[str, str], abandoned: Callable[[], bool]
+    ) -> Iterator[tuple]:
+        """Yield rows (id, received_at, client, key, body in bytes) in commit order after an id; at most limit of them.
 
-    def page(self, stream: Stream, after: int, limit: int, filters: dict[str, str]) -> Iterator[tuple]:
-        """Rows (id, received_at, client, key, body in bytes) in commit order after an id; at most limit of them.
-
-        filters: generated columns and the values they must equal. Close the iterator to end its snapshot.
+        filters: generated columns and the texts that they must equal. Close the iterator to end its snapshot. Raises
+        Problem 503 after READ_TIMEOUT_S in SQL, or when abandoned() says that nobody waits for the rows.
         """
-        conditions = "".join(f" AND {stream.filters[field]}" for field in filters)
-        cursor = self._reader().execute(
-            f'SELECT id, received_at, client, key, CAST(body AS BLOB) FROM "{stream.name}"'
-            f" WHERE id > ?{conditions} ORDER BY id LIMIT ?",
-            (after, *filters.values(), limit),
+        conditions, values = "t.id > :after", {"after": after, "limit": limit}
+        for number, (column, text) in enumerate(filters.items()):
+            conditions += f" AND {condition(stream, column, f':value{number}')}"
+            values[f"value{number}"] = text
+        sql = (
+            f'SELECT t.id, t.received_at, t.client, t.key, CAST(t.body AS BLOB) FROM "{stream.name}" AS t'
+            f" WHERE {conditions} ORDER BY t.id LIMIT :limit"
         )
-        with contextlib.closing(cursor):
-            yield from cursor
+        began = time.monotonic()
+
+        def give_up() -> bool:
+            taken_s = time.monotonic() - began
+            return taken_s > READ_TIMEOUT_S or (taken_s > 1 and abandoned())
+
+        try:
+            with self.database.reader(give_up) as db:
+                yield from db.execute(sql, values)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_INTERRUPT":
+                raise
+            detail = f"This read took more than {READ_TIMEOUT_S:.0f} s."
+            for column in filters:
+                plan = f'EXPLAIN QUERY PLAN SELECT 1 FROM "{stream.name}" AS t WHERE {condition(stream, column, "?1")}'
+                with self.database.reader() as db:
+                    if any(step[3].startswith("SCAN") for step in db.execute(plan, ("",))):  # sqlite.org/eqp.html
+                        detail += f" There is no index on {column}."
+            raise Problem(503, detail) from None
 
     def message(self, stream: Stream, message_id: int) -> tuple | None:
-        """The row (id, received_at, client, key, body in bytes) with an id, or None."""
-        row = next(self.page(stream, message_id - 1, 1, {}), None)
+        """Return the row (id, received_at, client, key, body in bytes) with an id, or None."""
+        row = next(self.page(stream, message_id - 1, 1, {}, lambda: False), None)
         return row if row and row[0] == message_id else None
-
-    def clients(self) -> list[tuple[str, str, str]]:
-        """(name, digest, grants) of every client, as the files on disk have it now."""
-        if self._files[0] != file_identity(self.path):
-            self._generation += 1
-        return self._reader().execute("SELECT name, token, can FROM clients ORDER BY name").fetchall()
-
-    # Keeping clients: for the command line, which has no message to write
-
-    def add_client(self, name: str, digest: str, can: str) -> bool:
-        """Adds a client; False if there is one of that name."""
-        return self._change(
-            "INSERT INTO clients (name, token, can) VALUES (?, ?, ?) ON CONFLICT DO NOTHING", name, digest, can
-        )
-
-    def remove_client(self, name: str) -> bool:
-        """Removes a client; False if there is none of that name."""
-        return self._change("DELETE FROM clients WHERE name = ?", name)
-
-    def _change(self, sql: str, *values: str) -> bool:
-        with self._lock, self._write_lock.held():
-            return self._ready_writer().execute(sql, values).rowcount == 1
 
 
 def rows_after_the_first(entry: Entry, received_at: str) -> Iterator[tuple]:
-    """What is inserted for the lines of a batch from the second on; entry.line is the one under way."""
-    for line, body in enumerate(entry.bodies[1:], 2):
-        entry.line = line
-        yield received_at, entry.client, key_of_line(entry.key, line), body
+    """Yield what is inserted for the lines of a batch from the second on; entry.line is the one under way."""
+    for entry.line, body in enumerate(entry.bodies[1:], 2):  # noqa: B020
+        yield received_at, entry.client, key_of_line(entry.key, entry.line), body
 
 
 def key_of_line(key: str | None, line: int | str) -> str | None:
-    """The key of a line of a batch after the first, which has the batch's own. No client's key has a space."""
-    return None if key is None else f"{key} {line}"
+    """Return the key of a line of a batch: the batch's own for the first, then with a space, as no client's key has."""
+    return key if key is None or line == 1 else f"{key} {line}"
 
 
-def file_identity(path: Path | str) -> tuple[int, int] | None:
-    """(device, inode) of a file, or None: one that is deleted or replaced does not keep them."""
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return stat.st_dev, stat.st_ino
+def condition(stream: Stream, column: str, value: str) -> str:
+    """Return the SQL that compares a column with a text; where it has no type, also with the number in the text."""
+    if stream.fields[column]:
+        return f"t.{quoted(column)} = {value}"
+    number = f"iif(json_type({value}) IN ('integer', 'real'), {value} ->> '$', {value})"
+    return f"t.{quoted(column)} IN ({value}, iif(json_valid({value}), {number}, {value}))"
 
 
-def file_identities(path: Path) -> list[tuple[int, int] | None]:
-    """The identities of a database that is open, and of its WAL."""
-    return [file_identity(path), file_identity(f"{path}-wal")]
+# ==================== The engine: open, commit, query and close one SQLite file =====================
+
+LARGE_WAL_BYTES = 16 * 1024 * 1024  # it is about 4 MiB if no reader stays for long
+SQLITE_STEPS = 10_000  # between two looks at the clock: less than 10 ms
 
 
-def checkpoint(db: sqlite3.Connection) -> None:
-    """Moves the WAL into the database as far as that goes without waiting for anybody."""
+def connect(path: Path, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
+    """Return a connection in autocommit mode; mode is ro, rw or rwc as in https://www.sqlite.org/uri.html"""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=busy_timeout_s)
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA synchronous = FULL")  # in WAL mode: one fsync of the WAL in every COMMIT
+    db.execute("PRAGMA checkpoint_fullfsync = ON")  # macOS: fsync alone does not reach the disk there
+    db.execute("PRAGMA fullfsync = ON")
+    return db
+
+
+def poll(attempt: Callable[[], Any], deadline: float, holder: str) -> None:
+    """Try to get a lock until the deadline, a time.monotonic(); then TimeoutError."""
+    pause_s = 0.0001
+    while True:
+        try:
+            attempt()
+            return
+        except (BlockingIOError, sqlite3.OperationalError) as error:
+            if not getattr(error, "sqlite_errorname", "SQLITE_BUSY").startswith("SQLITE_BUSY"):
+                raise
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{holder} holds the write lock") from None
+        time.sleep(pause_s)
+        pause_s = min(1.2 * pause_s, 0.002)
+
+
+class WriteLock:
+    """The turn to write, among processes: two flocks on files of their own beside the database.
+
+    SQLite polls for its own lock, so that a busy process starves the others; and from 3.7.0 to 3.51.2 two connections
+    that write or checkpoint at the same moment can corrupt a WAL (https://sqlite.org/wal.html). flock(2) knows no time
+    limit, so it is polled for as well. A writer takes the lock -next, then -lock, and then releases -next. So a process
+    that has just written has to queue behind the one that waits.
+    """
+
+    def __init__(self, database: Path):
+        self._next, self._write = open(f"{database}-next", "ab"), open(f"{database}-lock", "ab")  # noqa: SIM115
+
+    def close(self) -> None:
+        self._next.close()
+        self._write.close()
+
+    @contextlib.contextmanager
+    def held(self, deadline: float) -> Iterator[None]:
+        """Hold the lock for a block; TimeoutError if it is not to be had by the deadline, a time.monotonic()."""
+        try:
+            for file in (self._next, self._write):
+                poll(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline, "another process")  # noqa: B023
+        finally:
+            fcntl.flock(self._next, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._write, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
+    """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError."""
+    if mode == "rw" and not path.is_file():
+        raise SetupError(f"there is no database {path}: the service makes it, by its first start or its first request")
+    path, deadline = path.resolve(), time.monotonic() + BUSY_TIMEOUT_S
+    if not path.parent.is_dir():
+        raise SetupError(f"there is no folder {path.parent} for the database {path.name}")
+    with WriteLock(path).held(deadline), contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db:
+        yield db
+
+
+class Database:
+    """One SQLite file: a connection that writes, and a pool of connections that read and never wait for a writer."""
+
+    def __init__(self, path: Path):
+        self.path = path.resolve()  # once: the WAL of a symlinked database stands beside the real file
+        self._paths = (str(self.path), f"{self.path}-wal")
+        self._lock: WriteLock | None = None
+        self._writer: sqlite3.Connection | None = None
+        self._files: list = []  # (device, inode) of the database and of its WAL when the writer opened them
+        self._read_file: Any = None  # the same of the database, for the idle readers
+        self._wal_is_large = False
+        self._readers: list[sqlite3.Connection] = []  # that nobody uses
+        # Every connection, in use or not: a forked child must not close them, as Python does with what only other
+        # threads refer to.
+        self._connections: set[sqlite3.Connection] = set()
+        # A fork waits until no thread is inside of SQLite: the child would inherit locks that no thread of it releases.
+        self._inside = 0
+        self._forking = False
+        self._gate = threading.Condition()
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
+
+    def _before_fork(self) -> None:
+        self._gate.acquire()
+        self._forking = True
+        self._gate.wait_for(lambda: not self._inside)
+
+    def _after_fork(self) -> None:
+        self._forking = False
+        self._gate.notify_all()
+        self._gate.release()
+
+    def _in_child(self) -> None:
+        self._after_fork()
+        if self._lock:  # it would stay locked here when the parent dies
+            self._lock.close()
+
+    @contextlib.contextmanager
+    def _in_sqlite(self) -> Iterator[None]:
+        with self._gate:
+            self._gate.wait_for(lambda: not self._forking)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._inside -= 1
+                self._gate.notify_all()
+
+    @contextlib.contextmanager
+    def transaction(self, deadline: float) -> Iterator[sqlite3.Connection]:
+        """Run a block in a transaction and commit it to disk, in one thread at a time; TimeoutError if it cannot begin.
+
+        A COMMIT that fails has an unknown outcome. Then, and after every other error, the connection is thrown away:
+        that rolls back, and nothing is committed twice.
+        """
+        self._lock = self._lock or WriteLock(self.path)
+        with self._lock.held(deadline), self._in_sqlite():
+            try:
+                db = self._ready_writer(deadline)
+                poll(lambda: db.execute("BEGIN IMMEDIATE"), deadline, "another program")
+                yield db
+                db.execute("COMMIT")
+            except TimeoutError:  # nothing has begun
+                raise
+            except BaseException:
+                self._close_writer()
+                raise
+
+    def close(self) -> None:
+        """Close the connections; the WAL goes into the database."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        with contextlib.suppress(OSError, sqlite3.Error), WriteLock(self.path).held(deadline):
+            if self._writer:
+                checkpoint(self._writer)
+            self._close_writer()
+            self._close_idle_readers()
+
+    def _ready_writer(self, deadline: float) -> sqlite3.Connection:
+        """Return the connection that writes, opened again if it is lost or its files are not the ones on disk."""
+        files, wal_bytes = self._files_on_disk()
+        if self._writer and self._files != files:
+            log.error("%s or its WAL was removed or replaced; opening it again", self.path)
+            if self._files[0] == files[0]:  # what is in a WAL that was removed can be saved when nobody reads it
+                poll(lambda: checkpoint(self._writer, required=True), deadline, "a reader of the removed WAL")
+            self._close_writer()
+            self._close_idle_readers()
+        if self._wal_is_large != (wal_bytes > LARGE_WAL_BYTES):
+            self._wal_is_large = not self._wal_is_large
+            now = "has grown: a reader stays open" if self._wal_is_large else "is small again"
+            log.warning("the WAL %s (%d MiB)", now, wal_bytes // 2**20)
+        return self._writer or self._open_writer()
+
+    def _files_on_disk(self) -> tuple[list, int]:
+        """Return (device, inode) of the database and of its WAL, None if one is missing, and the bytes of the WAL."""
+        found, size = [], 0
+        for path in self._paths:
+            try:
+                stat = os.stat(path)
+                found.append((stat.st_dev, stat.st_ino))
+                size = stat.st_size
+            except FileNotFoundError:
+                found.append(None)
+        return found, size
+
+    def _open_writer(self) -> sqlite3.Connection:
+        """Open the connection that writes, while no other process does."""
+        self._writer = db = connect(self.path, "rw", 1.0)  # never makes a file in place of one that has gone
+        self._connections.add(db)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA journal_size_limit = {LARGE_WAL_BYTES}")  # what a long reader made grow shrinks after
+        # After a failed fsync the kernel marks the lost pages as clean (https://lwn.net/Articles/752063/), and a WAL
+        # with a hole in it ends there. So what an earlier process left in the WAL goes to the database. If a reader
+        # prevents that, another connection uses the WAL, so it is intact.
+        checkpoint(db)
+        self._files, _ = self._files_on_disk()
+        return db
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer:
+            self._close(writer)
+
+    def _close_idle_readers(self) -> None:
+        idle, self._readers = self._readers, []
+        for db in idle:
+            self._close(db)
+
+    def _close(self, db: sqlite3.Connection) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            db.close()
+        self._connections.discard(db)
+
+    @contextlib.contextmanager
+    def reader(self, give_up: Callable[[], bool] | None = None) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
+        with self._in_sqlite():
+            (file, _), _ = self._files_on_disk()
+            if file != self._read_file:  # removed, replaced, or new
+                self._read_file = file
+                self._close_idle_readers()
+            pool = self._readers
+            try:
+                db = pool.pop()
+            except IndexError:
+                db = connect(self.path, "ro", BUSY_TIMEOUT_S)
+                self._connections.add(db)
+            try:
+                db.set_progress_handler(give_up, SQLITE_STEPS)
+                yield db
+            except sqlite3.Error:
+                pool = None
+                raise
+            finally:
+                if pool is self._readers:
+                    pool.append(db)
+                else:
+                    self._close(db)
+
+
+def touch(db: sqlite3.Connection) -> None:
+    """Write page 1 as it is: a write that changes nothing."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    db.execute(f"PRAGMA user_version = {version}")
+
+
+def checkpoint(db: sqlite3.Connection, required: bool = False) -> None:
+    """Move the WAL into the database as far as that goes without waiting; BlockingIOError if all of it is required."""
     db.execute("PRAGMA busy_timeout = 0")
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}")
-
-
-def can_compile(db: sqlite3.Connection, insert: str) -> bool:
-    """Is an INSERT of four values still possible with the tables as they are?"""
-    try:
-        db.execute(f"EXPLAIN {insert}", (None,) * 4)
-    except sqlite3.Error:
-        return False
-    return True
+    (is_busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if is_busy and required:
+        raise BlockingIOError
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names of new files in a directory durable; see fsync(2)."""
+    """Make the names of new files in a directory durable; see fsync(2)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -963,11 +1091,18 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Clients: who may come in
-# ---------------------------------------------------------------------------------------------------------
+# ==================== Clients: who may come in ======================================================
 
 CLIENTS_REFRESH_S = 1.0  # how soon every process knows of a new or a revoked token
+CLIENTS_RETRY_S = 0.05  # after they could not be read
+CLIENTS_TABLE = """CREATE TABLE IF NOT EXISTS clients (
+    name  TEXT NOT NULL PRIMARY KEY,
+    token TEXT NOT NULL UNIQUE,  -- the SHA-256 digest of the token, in hexadecimal
+    can   TEXT NOT NULL          -- grants with spaces between: write read write:NAME read:NAME
+) STRICT"""
+ADD_CLIENT = "INSERT INTO clients (name, token, can) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="inlet", Basic realm="inlet"'}
+INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="inlet", error="invalid_token", Basic realm="inlet"'}
 
 
 @dataclass(frozen=True)
@@ -978,85 +1113,106 @@ class Client:
     grants: frozenset[str]
 
     def can(self, action: str, stream: Stream) -> bool:
-        return action in self.grants or f"{action}:{stream.name}" in self.grants
+        return action in self.grants or f"{action}:{stream.name.lower()}" in self.grants
+
+    def require(self, action: str, stream: Stream) -> None:
+        """Raise Problem 403 if this client may not do this."""
+        if not self.can(action, stream):
+            scope = f"{action}:{stream.name}"
+            challenge = {"WWW-Authenticate": f'Bearer realm="inlet", error="insufficient_scope", scope="{scope}"'}
+            raise Problem(403, f"This token lacks the grant {scope}.", challenge, stream=stream.name)
 
 
 class Clients:
-    """The clients table in memory, so that a request costs no SQL for its token."""
+    """Falcon middleware: every path except /healthz needs a token, also a path that does not exist.
+
+    The clients table is kept in memory, so that a request costs no SQL for its token.
+    """
 
     def __init__(self, store: Store):
-        self._store = store
+        self._database = store.database
         self._by_digest: dict[str, Client] = {}
         self._read_again_at = 0.0
+        self._failure: Exception | None = None
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        if problem := req.env.get("inlet.problem"):  # the server refuses this request
+            raise problem
+        if req.path == "/healthz":
+            return
+        if not req.auth and "mod_wsgi.version" in req.env:
+            hint = "Send a token. If you did: Apache has kept it to itself, and needs WSGIPassAuthorization On."
+            raise Problem(401, hint, CHALLENGE)
+        req.context.client = req.env.get("inlet.client") or self.authenticate(req.auth)
 
     def authenticate(self, authorization: str | None) -> Client:
-        """The client whose token an Authorization header holds: Bearer (RFC 6750), or Basic (RFC 7617) with the
-        token as its password. Raises Problem 401.
+        """Return the client whose token an Authorization header holds: Bearer (RFC 6750), or Basic (RFC 7617) with the
+        token as its password. Raises Problem 401, or 503 if the clients cannot be read.
         """
         if not authorization:
-            raise Problem(401, "Send a token: Authorization: Bearer TOKEN.", {"WWW-Authenticate": CHALLENGE})
+            raise Problem(401, "Send a token: Authorization: Bearer TOKEN.", CHALLENGE)
         if time.monotonic() >= self._read_again_at:
-            self._read_clients()
+            self.read()
+        if self._failure:
+            raise storage_problem(self._failure)
         scheme, _, credentials = authorization.partition(" ")
-        token = password_in(credentials) if scheme.lower() == "basic" else credentials
+        scheme, credentials = scheme.lower(), credentials.strip(" ")
+        if scheme not in ("bearer", "basic"):
+            raise Problem(401, "Send Authorization: Bearer TOKEN, or Basic with the token as password.", INVALID_TOKEN)
+        token = password_in(credentials) if scheme == "basic" else credentials
         # What is looked up is a digest: how long that takes says nothing about how much of a token is right.
         client = self._by_digest.get(digest_of(token))
-        if client is None or scheme.lower() not in ("bearer", "basic"):
-            raise Problem(401, "This token is not valid here.", {"WWW-Authenticate": INVALID_TOKEN})
+        if client is None:
+            raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
         return client
 
-    def _read_clients(self) -> None:
+    def read(self) -> Exception | None:
+        """Read the clients table again. An error is returned, and lets nobody come in until the next try works."""
+        self._failure = None
         try:
-            rows = self._store.clients()
+            with self._database.reader() as db:
+                rows = db.execute("SELECT c.name, c.token, c.can FROM clients AS c").fetchall()
+            self._by_digest = {digest: Client(name, frozenset(can.lower().split())) for name, digest, can in rows}
         except (sqlite3.Error, OSError) as error:
             log.error("the clients cannot be read: %s", error)
-            raise storage_problem(error) from None
-        self._by_digest = {digest: Client(name, frozenset(can.split())) for name, digest, can in rows}
-        self._read_again_at = time.monotonic() + CLIENTS_REFRESH_S
-
-
-CHALLENGE = 'Bearer realm="inlet", Basic realm="inlet"'
-INVALID_TOKEN = 'Bearer realm="inlet", error="invalid_token", Basic realm="inlet"'
-
-
-def new_token() -> str:
-    """A token that nobody can guess: 256 random bits."""
-    return secrets.token_urlsafe(32)
+            self._failure = error
+        self._read_again_at = time.monotonic() + (CLIENTS_RETRY_S if self._failure else CLIENTS_REFRESH_S)
+        return self._failure
 
 
 def digest_of(token: str) -> str:
-    """The SHA-256 digest of a token in hexadecimal: all that is kept of it."""
+    """Return the SHA-256 digest of a token in hexadecimal: all that is kept of it."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def password_in(credentials: str) -> str:
-    """The password in the credentials of a Basic Authorization header; empty if there is none."""
+    """Return the password in the credentials of a Basic Authorization header; empty if there is none."""
     try:
-        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
-    except (binascii.Error, ValueError):
+        padded = credentials + "=" * (-len(credentials) % 4)
+        return base64.b64decode(padded, validate=True).decode().partition(":")[2]
+    except ValueError:
         return ""
 
 
-def permit(client: Client, action: str, stream: Stream) -> None:
-    """Stops a client that may not do this; Problem 403."""
-    if not client.can(action, stream):
-        scope = f"{action}:{stream.name}"
-        challenge = f'Bearer realm="inlet", error="insufficient_scope", scope="{scope}"'
-        raise Problem(403, f"This token lacks the grant {scope}.", {"WWW-Authenticate": challenge}, stream=stream.name)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading requests
-# ---------------------------------------------------------------------------------------------------------
+# ==================== Reading requests ==============================================================
 
 MAX_DEPTH = 512  # of arrays and objects: under the limit of every SQLite (1000 from 3.42 on) and of Python
 MAX_ID = 2**63 - 1
 LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can write
+READ_OF_TOO_LARGE = 16 * 1024 * 1024  # bytes
+LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the square of their number
 NDJSON_TYPES = ("application/x-ndjson", "application/jsonl")
+ACCEPTED_TYPES = ["application/json", "application/*+json", *NDJSON_TYPES]
+DEFAULT_PAGE = 100  # messages
+LARGEST_PAGE = 1000
 
-# What the grammar of a JSON text is made of, as far as finding a place in one needs it.
-# A string that does not end goes to the end: looking for its end from each quote again would take for ever.
-JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)|[\[\]{}]|-?Infinity|NaN', re.DOTALL)
+# A place in a JSON text is found by one match in C, so that no text takes long to refuse. A string without an end goes
+# to the end of the text.
+STRING = r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)'
+UP_TO_CONSTANT = re.compile(rf'(?:[^"NI-]++|{STRING}|-(?!I))*+', re.DOTALL)  # NaN, Infinity, -Infinity
+UP_TO_BRACKET = rf'(?:[^"\[\]{{}}]++|{STRING})*+[\[\]{{}}]'
+NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+DEPTH_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def _refuse_constant(name: str) -> None:
@@ -1067,36 +1223,26 @@ def _refuse_constant(name: str) -> None:
 JSON_DECODER = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant)
 
 
-def json_text(data: bytes) -> str:
-    """A body as text, if it is one JSON value as RFC 8259 has it; Problem 400 with line and column if not."""
-    text = utf8_text(data)
-    require_json(text)
-    return text
-
-
-def json_lines(data: bytes) -> list[str]:
-    """The lines of a body, if each is a JSON value; empty ones at the end are left out. Problem 400 or 413."""
-    lines = utf8_text(data).rstrip("\r\n").split("\n")
-    if lines == [""]:
+def json_texts(data: bytes, batch: bool) -> list[str]:
+    """Return a body as text if it is JSON as RFC 8259 has it; of a batch, each line. Problem 400 (with line and column)
+    or 413 if not.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise json_problem("it is not UTF-8", data[: error.start].decode()) from None
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")] if batch else [text]
+    if batch and lines == [""]:
         raise Problem(400, "The batch is empty.")
     if len(lines) > LARGEST_BATCH:
         raise Problem(413, f"The batch has more than {LARGEST_BATCH} messages.", limit=LARGEST_BATCH)
-    lines = [line.removesuffix("\r") for line in lines]
     for number, line in enumerate(lines, 1):
         require_json(line, number)
     return lines
 
 
-def utf8_text(data: bytes) -> str:
-    """A body as text; Problem 400 if it is not UTF-8."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise json_problem("it is not UTF-8", data[: error.start].decode()) from None
-
-
 def require_json(text: str, first_line: int = 1) -> None:
-    """Stops a text that is not one JSON value; Problem 400."""
+    """Raise Problem 400 if a text is not one JSON value."""
     try:
         JSON_DECODER.decode(text)
     except RecursionError:
@@ -1105,26 +1251,23 @@ def require_json(text: str, first_line: int = 1) -> None:
     except json.JSONDecodeError as error:
         raise json_problem(error.msg, text[: error.pos], first_line) from None
     except ValueError as error:
-        constant = next(token for token in JSON_TOKEN.finditer(text) if token[0][-1] in "Ny")
-        raise json_problem(str(error), text[: constant.start()], first_line) from None
+        raise json_problem(str(error), UP_TO_CONSTANT.match(text)[0], first_line) from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         refuse_depth(text, first_line)
 
 
 def refuse_depth(text: str, first_line: int) -> None:
-    """Stops a text with too many arrays and objects inside of each other; Problem 400."""
-    depth = 0
-    for token in JSON_TOKEN.finditer(text):
-        if token[0] in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise json_problem(f"it is nested more than {MAX_DEPTH} deep", text[: token.start()], first_line)
-        elif token[0] in "]}":
-            depth -= 1
+    """Raise Problem 400 if a text has too many arrays and objects inside of each other."""
+    brackets = re.sub(STRING, "", text, flags=re.DOTALL).encode().translate(None, NOT_BRACKETS)
+    depths = accumulate(map(DEPTH_STEP.__getitem__, brackets))
+    too_deep = next((number for number, depth in enumerate(depths, 1) if depth > MAX_DEPTH), None)
+    if too_deep:
+        before = re.match(rf"(?:{UP_TO_BRACKET}){{{too_deep}}}+", text, re.DOTALL)[0][:-1]
+        raise json_problem(f"it is nested more than {MAX_DEPTH} deep", before, first_line)
 
 
 def json_problem(reason: str, text_before: str, first_line: int = 1) -> Problem:
-    """The refusal of a body, with the place (counted from 1, in characters) where it stops being JSON."""
+    """Return the refusal of a body, with the place (counted from 1, in characters) where it stops being JSON."""
     line = text_before.count("\n") + first_line
     column = len(text_before) - text_before.rfind("\n")
     return Problem(400, f"The body is not JSON: {reason}, line {line} column {column}.", line=line, column=column)
@@ -1134,22 +1277,22 @@ def is_batch(content_type: str | None) -> bool:
     """Does a Content-Type say one message on each line (NDJSON)? Problem 415 if it does not say JSON in UTF-8."""
     if content_type == "application/json":  # what nearly all send
         return False
-    kind, options = falcon.parse_header(content_type or "")
+    kind, options = falcon.parse_header((content_type or "")[:LONGEST_MEDIA_TYPE])
     batch = kind.lower() in NDJSON_TYPES
-    is_json = kind.lower() == "application/json" or re.fullmatch(r"[\w.-]+/[\w.+-]+\+json", kind, re.I | re.A)
-    if not (batch or is_json) or options.get("charset", "utf-8").lower() != "utf-8":
-        accepted = ["application/json", "application/*+json", *NDJSON_TYPES]
-        detail = f"Send one message as {accepted[0]} (or any type that ends in +json), many as {accepted[2]}, in UTF-8."
-        raise Problem(415, detail, {"Accept-Post": ", ".join(accepted)}, accepted=accepted)
+    is_json = batch or re.fullmatch(r"application/json|[\w.-]+/[\w.+-]+\+json", kind, re.IGNORECASE | re.ASCII)
+    in_utf_8 = options.get("charset", "utf-8").lower() in ("utf-8", "utf8", "us-ascii")
+    if not is_json or not in_utf_8 or len(content_type) > LONGEST_MEDIA_TYPE:
+        detail = "Send one message as application/json (or any +json), many as application/x-ndjson, in UTF-8."
+        raise Problem(415, detail, {"Accept-Post": ", ".join(ACCEPTED_TYPES)}, accepted=ACCEPTED_TYPES)
     return batch
 
 
 def without_gzip(data: bytes, coding: str | None, max_body: int) -> bytes:
-    """A body with its Content-Encoding undone; Problem 400 if it is broken, 413 if too large, 415 if not gzip.
+    """Return a body with its Content-Encoding undone; Problem 400 if broken, 413 if too large, 415 if not gzip.
 
-    Nothing is unpacked past the limit: a small body that would become a huge one costs what it may cost.
+    Nothing is unpacked past the limit: a small body cannot use more memory than a large one.
     """
-    if coding is None or coding.lower() == "identity":
+    if not coding or coding.lower() == "identity":
         return data
     if coding.lower() not in ("gzip", "x-gzip"):
         raise Problem(415, "The only Content-Encoding here is gzip.", {"Accept-Encoding": "gzip"}, accepted=["gzip"])
@@ -1166,34 +1309,31 @@ def without_gzip(data: bytes, coding: str | None, max_body: int) -> bytes:
 
 
 def read_body(environ: dict[str, Any], max_body: int) -> bytes:
-    """The body of a request, whole; Problem 400 if it is cut short, 411 without a length, 413 if it is too large."""
+    """Return the body of a request, whole; Problem 400 if it is cut short, 411 without a length, 413 if too large."""
     length = environ.get("CONTENT_LENGTH")
-    if length:
-        if not re.fullmatch(r"[0-9]+", length, re.ASCII):
-            raise Problem(400, "Content-Length is not a number.")
-        wanted = int(length) if len(length) < 19 else MAX_ID
-    elif environ.get("wsgi.input_terminated"):  # the server takes chunks, and ends the stream where they end
-        wanted = None
-    else:
+    in_chunks = environ.get("wsgi.input_terminated") and environ.get("HTTP_TRANSFER_ENCODING")
+    if not length and not in_chunks:
         raise Problem(411, "Send a Content-Length.")
-    if (wanted or 0) > max_body:
+    if length and not (length.isascii() and length.isdigit()):
+        raise Problem(400, "Content-Length is not a number.")
+    wanted = int(length[-19:]) if length else max_body + 1
+    if length and (wanted > max_body or len(length) > 19):
+        left, more = READ_OF_TOO_LARGE, b"x"  # or other servers would close on a client that still sends
+        while left > 0 and more:
+            more = environ["wsgi.input"].read(min(left, 65_536))
+            left -= len(more)
         raise too_large(max_body)
-    try:
-        data = read_up_to(environ["wsgi.input"], max_body + 1 if wanted is None else wanted)
-    except OSError:  # how some servers tell that the client has gone
-        data = b""
-    if wanted is not None and len(data) < wanted:
+    data, more = b"", b"x"
+    while len(data) < wanted and more:  # one read() may give less
+        try:
+            more = environ["wsgi.input"].read(wanted - len(data))
+        except OSError:  # how some servers tell that the client has gone
+            more = b""
+        data += more
+    if length and len(data) < wanted:
         raise Problem(400, f"The body was cut short: {len(data)} of {wanted} bytes came.")
     if len(data) > max_body:
         raise too_large(max_body)
-    return data
-
-
-def read_up_to(stream: Any, size: int) -> bytes:
-    """size bytes of a stream, or what it has; one read() may give less."""
-    data = stream.read(size)
-    while len(data) < size and (more := stream.read(size - len(data))):
-        data += more
     return data
 
 
@@ -1202,70 +1342,48 @@ def too_large(max_body: int) -> Problem:
 
 
 def idempotency_key(header: str | None) -> str | None:
-    """The Idempotency-Key of a request, bare or as a quoted string (RFC 8941, 3.3.3); Problem 400 if malformed."""
-    if header is None:
-        return None
-    key = header
-    if len(header) > 1 and header[0] == header[-1] == '"':
-        key = re.sub(r'\\(["\\])', r"\1", header[1:-1])
-    if not re.fullmatch(r"[!-~]{1,255}", key):
+    """Return the Idempotency-Key of a request, bare or a quoted string (RFC 8941, 3.3.3); Problem 400 if malformed."""
+    if header and len(header) > 1 and header[0] == header[-1] == '"':
+        header = re.sub(r'\\(["\\])', r"\1", header[1:-1])
+    if header is not None and not re.fullmatch(r"[!-~]{1,255}", header):
         raise Problem(400, "Idempotency-Key takes 1 to 255 visible ASCII characters, without spaces.")
-    return key
+    return header
 
 
-@dataclass(frozen=True)
-class Cursor:
-    """Where a consumer of a feed stands: the query of GET /{stream}."""
-
-    after: int
-    limit: int
-    filters: dict[str, str]
-
-    def query(self) -> str:
-        """The query string for it, without what is default."""
-        limit = {} if self.limit == DEFAULT_PAGE else {"limit": self.limit}
-        return urlencode({"after": self.after, **limit, **self.filters})
-
-
-DEFAULT_PAGE = 100  # messages
-LARGEST_PAGE = 1000
-
-
-def cursor_from(params: dict[str, str | list[str]], stream: Stream) -> Cursor:
-    """The cursor that query parameters ask for; Problem 400 if one is unknown, doubled or out of range."""
-    for name, value in params.items():
-        if name not in ("after", "limit", *stream.filters):
-            known = ["after", "limit", *stream.filters]
+def page_from(params: dict[str, str | list[str]], stream: Stream) -> tuple[int, int, dict[str, str]]:
+    """Return (after, limit, filters) from a query; Problem 400 if a parameter is unknown, doubled or out of range."""
+    known = ["after", "limit", *stream.fields]
+    filters = {"after": "0", "limit": str(DEFAULT_PAGE)} | params
+    for name, value in filters.items():
+        if name not in known:
             raise Problem(400, f"There is no parameter {name[:64]!r}: there are {', '.join(known)}.", parameters=known)
         if isinstance(value, list):
             raise Problem(400, f"The parameter {name} is given more than once.")
-    values = dict(params)
-    after = number_in("after", values.pop("after", "0"), 0, MAX_ID)
-    limit = number_in("limit", values.pop("limit", str(DEFAULT_PAGE)), 1, LARGEST_PAGE)
-    return Cursor(after, limit, values)
-
-
-def number_in(name: str, text: str, low: int, high: int) -> int:
-    """The whole number that a parameter holds; Problem 400."""
-    if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise Problem(400, f"{name} takes a whole number from {low} to {high}.")
-    return int(text)
+    numbers = []
+    for name, low, high in (("after", 0, MAX_ID), ("limit", 1, LARGEST_PAGE)):
+        text = filters.pop(name)
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise Problem(400, f"{name} takes a whole number from {low} to {high}.")
+        numbers.append(int(text))
+    return *numbers, filters
 
 
 def wants_ndjson(req: falcon.Request) -> bool:
     """Does the client ask for one JSON text on each line?"""
     if req.accept in ("*/*", "application/json"):
         return False
+    if len(req.accept) > LONGEST_MEDIA_TYPE:
+        raise Problem(400, f"Accept takes at most {LONGEST_MEDIA_TYPE} characters.")
     return req.client_prefers(("application/json", *NDJSON_TYPES)) in NDJSON_TYPES
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Resources
-# ---------------------------------------------------------------------------------------------------------
+# ==================== Resources =====================================================================
+
+PAGE_BYTES = 4 * 1024 * 1024  # a page of the feed ends after about this much
 
 
 def envelope(row: tuple) -> bytes:
-    """A message as the feed gives it. The body is put in as it was sent: it is JSON already."""
+    """Return a message as the feed gives it. The body is put in as it was sent: it is JSON already."""
     message_id, received_at, client, key, body = row
     head = (
         f'{{"id": {message_id}, "received_at": {json_string(received_at)}, "client": {json_string(client)},'
@@ -1274,18 +1392,13 @@ def envelope(row: tuple) -> bytes:
     return b"%b%b}" % (head.encode(), body)
 
 
-def on_one_line(message: bytes) -> bytes:
-    """The same JSON without line breaks. JSON has them between tokens only, where a space means the same."""
-    return message.replace(b"\n", b" ").replace(b"\r", b" ")
-
-
-def mount_point(req: falcon.Request) -> str:
-    """The path that the app is mounted under, ready for a link; mostly empty."""
-    return quote(req.root_path) if req.root_path else ""
+def link(req: falcon.Request, *path: str | int) -> str:
+    """Return a path below the one that the app is mounted under."""
+    return "/".join([quote(req.root_path) if req.root_path else "", *map(str, path)])
 
 
 class StreamResource:
-    """/{stream}"""
+    """/{stream} and /{stream}/{id}"""
 
     def __init__(self, store: Store, stream: Stream, max_body: int):
         self._store = store
@@ -1293,70 +1406,59 @@ class StreamResource:
         self._max_body = max_body
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        permit(req.context.client, "write", self._stream)
+        stream, client, environ = self._stream, req.context.client, req.env
+        client.require("write", stream)
         batch = is_batch(req.content_type)
-        key = idempotency_key(req.env.get("HTTP_IDEMPOTENCY_KEY"))
-        data = read_body(req.env, self._max_body)
-        data = without_gzip(data, req.env.get("HTTP_CONTENT_ENCODING"), self._max_body)
-        bodies = json_lines(data) if batch else [json_text(data)]
-        entry = Entry(self._stream, req.context.client.name, key, bodies, batch)
-        self._store.append(entry)
+        key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY"))
+        data = read_body(environ, self._max_body)
+        data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
+        entry = Entry(stream, client.name, key, json_texts(data, batch), batch)
+        if arrived := environ.get("inlet.arrived"):
+            entry.deadline = arrived + BUSY_TIMEOUT_S
+        stored = self._store.append(entry)
         resp.status = falcon.HTTP_201
-        if entry.replayed:
+        if stored.replayed:
             resp.set_header("Idempotent-Replayed", "true")
         if batch:
-            ids = f'"count": {len(bodies)}, "first_id": {entry.first_id}, "last_id": {entry.last_id}'
+            ids = f'"count": {len(entry.bodies)}, "first_id": {stored.first_id}, "last_id": {stored.last_id}'
         else:
-            ids = f'"id": {entry.first_id}'
-            resp.set_header("Location", f"{mount_point(req)}/{self._stream.name}/{entry.first_id}")
-        resp.data = f'{{{ids}, "received_at": "{entry.received_at}"}}'.encode()
+            ids = f'"id": {stored.first_id}'
+            resp.set_header("Location", link(req, stream.name, stored.first_id))
+        resp.data = f'{{{ids}, "received_at": "{stored.received_at}"}}'.encode()
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        permit(req.context.client, "read", self._stream)
-        cursor = cursor_from(req.params, self._stream)
-        ndjson = wants_ndjson(req)
-        messages, last_id = self._page(cursor)
-        next_page = f"{mount_point(req)}/{self._stream.name}?{replace(cursor, after=last_id).query()}"
+        req.context.client.require("read", self._stream)
+        resp.set_header("Vary", "Accept")
+        (after, limit, filters), ndjson = page_from(req.params, self._stream), wants_ndjson(req)
+        abandoned = req.env.get("waitress.client_disconnected", lambda: False)
+        messages, size = [], 0
+        with self._store.page_turn if not filters else contextlib.nullcontext():
+            for row in self._store.page(self._stream, after, limit, filters, abandoned):
+                messages.append(envelope(row))
+                size += len(messages[-1])
+                after = row[0]
+                if size >= PAGE_BYTES:
+                    break
+        query = {"after": after} | ({} if limit == DEFAULT_PAGE else {"limit": limit}) | filters
+        next_page = f"{link(req, self._stream.name)}?{urlencode(query)}"
         resp.set_header("Link", f'<{next_page}>; rel="next"')
         if ndjson:
             resp.content_type = NDJSON_TYPES[0]
-            resp.data = b"".join(b"%b\n" % on_one_line(message) for message in messages)
+            # JSON has line breaks between tokens only, where a space means the same.
+            lines = (message.replace(b"\n", b" ").replace(b"\r", b" ") for message in messages)
+            resp.data = b"".join(b"%b\n" % line for line in lines)
         else:
             resp.data = b'{"messages": [%b], "next": %b}' % (b", ".join(messages), json_string(next_page).encode())
 
-    on_head = on_get
-
-    def _page(self, cursor: Cursor) -> tuple[list[bytes], int]:
-        """The messages of a page, and the id to go on after."""
-        messages, size, last_id = [], 0, cursor.after
-        pages = self._store.page(self._stream, cursor.after, cursor.limit, cursor.filters)
-        turn = contextlib.nullcontext() if cursor.filters else self._store.page_turn
-        with turn, contextlib.closing(pages) as rows:
-            for row in rows:
-                messages.append(envelope(row))
-                size += len(messages[-1])
-                last_id = row[0]
-                if size >= PAGE_BYTES:
-                    break
-        return messages, last_id
-
-
-class MessageResource:
-    """/{stream}/{id}"""
-
-    def __init__(self, store: Store, stream: Stream):
-        self._store = store
-        self._stream = stream
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response, message_id: str) -> None:
-        permit(req.context.client, "read", self._stream)
-        number = int(message_id) if re.fullmatch(r"[0-9]{1,19}", message_id) else 0
-        row = self._store.message(self._stream, number) if number <= MAX_ID else None
+    def on_get_message(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
+        req.context.client.require("read", self._stream)
+        row = self._store.message(self._stream, message_id)
         if row is None:
             raise Problem(404, "There is no message with this id.", stream=self._stream.name)
         resp.data = envelope(row)
 
     on_head = on_get
+    on_head_message = on_get_message
 
 
 class RootResource:
@@ -1370,8 +1472,7 @@ class RootResource:
         for name, stream in self._schema.streams.items():
             can = [action for action in ("write", "read") if req.context.client.can(action, stream)]
             if can:
-                href = f"{mount_point(req)}/{name}"
-                streams[name] = {"href": href, "can": can, "fields": list(stream.filters)}
+                streams[name] = {"href": link(req, name), "can": can, "fields": list(stream.fields)}
         resp.media = {"service": "Inlet", "version": __version__, "streams": streams}
 
     on_head = on_get
@@ -1380,431 +1481,668 @@ class RootResource:
 class HealthResource:
     """/healthz: alive is that this process answers; ready is that a message can be written now.
 
-    All who ask while a probe runs share it, and no answer waits longer than PROBE_TIMEOUT_S for it: however
-    slow the disk is, and however often somebody asks, one write a second is the most that this causes.
+    One thread writes and syncs a page every second, if there was a request within the last minute. A request gets the
+    last result. It waits only if there is none that is fresh, and only during the first second of a probe.
     """
 
-    PROBE_TIMEOUT_S = 2.0
-    PROBE_INTERVAL_S = 1.0
+    EVERY_S = 1.0
+    FRESH_S = 3.0
+    ASKED_WITHIN_S = 60.0
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, clients: Clients):
         self._store = store
-        self._lock = threading.Lock()
-        self._probed = threading.Event()
-        self._probed_at = -self.PROBE_INTERVAL_S
-        self._failure: Problem | None = None
-        self._probed.set()
+        self._clients = clients
+        self._news = threading.Condition()  # for all that follows
+        self._asked_at = self._began_at = self._seen_at = -self.ASKED_WITHIN_S
+        self._running = False
+        self._seen = ""  # what is wrong
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        with self._lock:
-            if self._probed.is_set() and time.monotonic() >= self._probed_at + self.PROBE_INTERVAL_S:
-                self._probed.clear()
-                threading.Thread(target=self._probe, daemon=True).start()
-        if not self._probed.wait(self.PROBE_TIMEOUT_S):
-            raise not_ready("A write takes too long.")
-        if self._failure:
-            raise self._failure
+        with self._news:
+            self._asked_at = time.monotonic()
+            if not self._running:
+                self._began_at = self._asked_at
+                with contextlib.suppress(RuntimeError):  # no thread can be started: whoever asks next tries again
+                    threading.Thread(target=self._probe_while_asked, daemon=True).start()
+                    self._running = True
+            patience_s = max(0.0, self._began_at + self.EVERY_S - self._asked_at)
+            fresh = self._news.wait_for(lambda: time.monotonic() < self._seen_at + self.FRESH_S, patience_s)
+            failure = self._seen if fresh else "A write takes too long."
+        if failure:
+            raise Problem(503, failure, alive=True, ready=False)
         resp.media = {"alive": True, "ready": True}
 
     on_head = on_get
 
-    def _probe(self) -> None:
-        try:
-            self._store.probe()
-            self._failure = None
-        except (sqlite3.Error, OSError, MemoryError) as error:
-            log.error("not ready: %s: %s", type(error).__name__, error)
-            self._failure = not_ready("The database cannot be written.")
-        finally:
-            self._probed_at = time.monotonic()
-            self._probed.set()
+    def _probe_while_asked(self) -> None:
+        asked = True
+        while asked:
+            self._began_at = time.monotonic()
+            seen = ""
+            try:
+                self._store.append(Entry())
+                if self._clients.read():
+                    seen = "The clients cannot be read."
+            except Exception as error:  # whatever it is, this thread must go on, and not say that all is well
+                log.error("not ready: %s: %s", type(error).__name__, error)
+                seen = "The database cannot be written."
+            with self._news:
+                self._seen, self._seen_at = seen, time.monotonic()
+                self._running = asked = self._seen_at < self._asked_at + self.ASKED_WITHIN_S
+                self._news.notify_all()
+            time.sleep(self.EVERY_S)
 
 
-def not_ready(detail: str) -> Problem:
-    return Problem(503, detail, {"Retry-After": str(RETRY_AFTER_S)}, alive=True, ready=False)
+# ==================== Many POSTs, one COMMIT ========================================================
+
+LARGEST_GROUP = 64  # requests on one stack: more made no measurable difference
+SAME_TIME_S = 2.0  # between the arrivals of what shares a COMMIT and a deadline
+GATHER_S = 0.010  # the longest that a message waits for other people's requests before its COMMIT begins
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The app
-# ---------------------------------------------------------------------------------------------------------
+class WaitingPosts:
+    """POSTs that have come in whole, run by one thread so that they share a COMMIT.
 
+    A request is a plain function call, which returns when its message is on disk: one thread would commit each message
+    alone. So where a request would wait, the thread first runs the next one:
 
-class Authentication:
-    """Falcon middleware: nobody comes to any route but /healthz without a token, be there such a route or not."""
+        POST A  queues its message, and would wait    → runs POST B
+          POST B  queues its message, and would wait  → runs POST C
+            POST C  queues its message; no other POST has come, so it commits A, B and C
+            C sends its 201
+          B finds its result, and sends its 201
+        A finds its result, and sends its 201
 
-    def __init__(self, clients: Clients):
-        self._clients = clients
-
-    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path == "/healthz":
-            return
-        if not req.auth and "mod_wsgi.version" in req.env:
-            hint = "Send a token. If you did: Apache has kept it to itself, and needs WSGIPassAuthorization On."
-            raise Problem(401, hint, {"WWW-Authenticate": CHALLENGE})
-        req.context.client = self._clients.authenticate(req.auth)
-
-
-def create_app(store: Store, max_body: int = Settings.max_body) -> falcon.App:
-    """The WSGI app that serves a store."""
-    app = falcon.App(middleware=[Authentication(Clients(store))])
-    app.add_route("/", RootResource(store.schema))
-    app.add_route("/healthz", HealthResource(store))
-    for stream in store.schema.streams.values():
-        app.add_route(f"/{stream.name}", StreamResource(store, stream, max_body))
-        app.add_route(f"/{stream.name}/{{message_id}}", MessageResource(store, stream))
-    app.add_error_handler(Exception, answer_bug)
-    app.add_error_handler(sqlite3.Error, answer_database_error)
-    app.add_error_handler(falcon.HTTPError, answer_http_error)
-    app.add_error_handler(Problem, answer_problem)
-    return app
-
-
-def answer_problem(req: falcon.Request, resp: falcon.Response, problem: Problem, params: dict) -> None:
-    resp.status = problem.status
-    resp.content_type = "application/problem+json"
-    resp.set_headers(problem.headers)
-    resp.data = problem.body
-
-
-def answer_http_error(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, params: dict) -> None:
-    """Falcon's own refusals: an unknown route, or a method that a route does not have."""
-    details = {404: "There is nothing at this path.", 405: "This path does not take this method."}
-    if error.status_code in details:
-        problem = Problem(error.status_code, details[error.status_code], dict(error.headers or {}))
-    else:  # Falcon says 400 to methods that it does not know; RFC 9110, 15.6.2 says 501
-        problem = Problem(501, "No path here takes this method.")
-    answer_problem(req, resp, problem, params)
-
-
-def answer_database_error(req: falcon.Request, resp: falcon.Response, error: sqlite3.Error, params: dict) -> None:
-    log.error("the database cannot be read: %s: %s", type(error).__name__, error)
-    answer_problem(req, resp, unavailable(503, "The database cannot be read at the moment. Try again."), params)
-
-
-def answer_bug(req: falcon.Request, resp: falcon.Response, error: Exception, params: dict) -> None:
-    log.error("unexpected error at %s %s", req.method, req.path, exc_info=error)
-    answer_problem(req, resp, unavailable(500, f"An unexpected error. {UNKNOWN_OUTCOME}"), params)
-
-
-def open_store(settings: Settings) -> Store:
-    """The store that the settings name, opened; SetupError if it cannot be."""
-    store = Store(settings.database, read_schema(settings.schema))
-    store.open()
-    return store
-
-
-class LazyApplication:
-    """The app for other servers, made by the first request in a process.
-
-    So importing this module touches no disk, and a server that forks after the import (gunicorn --preload,
-    uWSGI) never shares a connection between processes, which SQLite forbids.
+    A thread for each request took 370 µs of CPU a message where this takes 130 (bench/README.md).
     """
 
     def __init__(self) -> None:
-        self._forget()
-        os.register_at_fork(after_in_child=self._forget)
+        self._requests: deque[tuple[Callable[[], None], float]] = deque()  # each with its time of arrival
+        self._depth = 0
+        self._commit_at = self._deadline = self._arrived = 0.0
+        self.thread = 0  # the one that runs them
+        self.commit_began = 0.0  # 0 while there is no COMMIT
+        self.last_commit_s = 0.0
 
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._app: falcon.App | None = None
+    def __len__(self) -> int:
+        return len(self._requests)
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        if self._app is None:
-            try:
-                require_threads(environ)
-                self._make()
-            except SetupError as error:
-                log.critical("%s", error)
-                problem = unavailable(503, "The service is not set up; its log says why.")
-                start_response(
-                    "503 Service Unavailable", [("Content-Type", "application/problem+json"), *problem.headers.items()]
-                )
-                return [problem.body]
-        return self._app(environ, start_response)
+    def add(self, request: Callable[[], None], arrived: float) -> None:
+        """Take a request that is to be run, with its time.monotonic() of arrival. Any thread may call this."""
+        self._requests.append((request, arrived))
 
-    def _make(self) -> None:
-        with self._lock:
-            if self._app is None:
-                settings = settings_from(settings_in_environment())
-                self._app = create_app(open_store(settings), settings.max_body)
+    def run_group(self) -> None:
+        """Run the next request, and while that waits for its COMMIT those after it. One thread at a time calls this."""
+        self.thread = threading.get_ident()
+        self._run_next()
+        self.thread = 0
 
-
-def require_threads(environ: dict[str, Any]) -> None:
-    """Stops uWSGI without threads, where whatever waits in one would wait for ever."""
-    if "uwsgi.version" in environ:
-        import uwsgi  # only there inside of uWSGI
-
-        if not {"enable-threads", "threads"} & {os.fsdecode(name) for name in uwsgi.opt}:
-            raise SetupError("uWSGI runs no threads of Python: set enable-threads = true")
-
-
-application = LazyApplication()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The server behind `python service.py`
-# ---------------------------------------------------------------------------------------------------------
-
-WRITERS = 2  # threads that write: one commits while the other gathers the next group
-LARGEST_GROUP = 64  # requests on the stack of one writer: more made no measurable difference
-CONNECTIONS = 4096  # fewer if the process may not open as many files
-MAX_HEADER_BYTES = 16_384
-DRAIN_S = 5.0  # how long a server that was told to stop waits for the requests in flight
-
-
-class TurnDispatcher:
-    """waitress's task dispatcher, arranged for shared COMMITs.
-
-    waitress wakes a thread for each request, and all of them then wait for the same disk: 64 connections cost
-    two thread switches and a fight for the GIL per message. Here all POSTs that one turn of waitress's loop
-    has read are handed to one writer together. It starts the first; where that waits for its COMMIT
-    (Store.gather), the writer starts the next one, on top of it on the same stack, and so on; the last one
-    commits for all of them. On 2 cores that made 7,300 messages a second out of 3,000, and 130 µs of CPU each
-    out of 370. What reads goes to threads of its own, which no slow disk can occupy.
-    """
-
-    def __init__(self, readers: int):
-        self._writes: deque[Any] = deque()  # waitress channels with a POST to run
-        # Channels whose client sent another request before it took the last answer. They wait until it has: no
-        # thread ever does, and a client that never reads costs one page of memory.
-        self._unread: deque[Any] = deque()
-        self._turns: SimpleQueue[None] = SimpleQueue()  # wakes a writer
-        self._reads: SimpleQueue[Any] = SimpleQueue()
-        self._stack = threading.local()
-        self.wake_loop: Callable[[], None] = lambda: None
-        for work in [self._write] * WRITERS + [self._read] * readers:
-            threading.Thread(target=work, daemon=True).start()
-
-    def add_task(self, channel: Any) -> None:
-        """Called by waitress for a channel whose next request has come in whole."""
-        request = channel.requests[0]
-        if channel.total_outbufs_len:
-            self._unread.append(channel)
-        elif request.error or request.command != "POST":
-            self._reads.put(channel)
-        else:
-            self._writes.append(channel)
-
-    def end_turn(self) -> None:
-        """Called by the loop when it has read and sent what there is: the writers may start."""
-        for _ in range(len(self._unread)):
-            self.add_task(self._unread.popleft())
-        if self._writes:
-            self._turns.put(None)
-
-    def gather(self, entry: Entry) -> None:
-        """Runs the POSTs that wait, up to where they wait for the COMMIT too, until this entry is done."""
-        if not self.in_writer() or self._stack.depth >= LARGEST_GROUP:
+    def while_waiting(self, entry: Entry) -> None:
+        """Run more requests before this entry is committed. The store calls this in every thread that appends."""
+        if threading.get_ident() != self.thread:
             return
-        self._stack.depth += 1
+        if self._depth == 0:
+            self._commit_at, self._deadline = time.monotonic() + GATHER_S, entry.deadline
+            self._arrived = entry.deadline - BUSY_TIMEOUT_S
+        # Inner requests return first, so that all of a group share the earliest deadline.
+        self._deadline = entry.deadline = min(entry.deadline, self._deadline)
+        self._depth += 1
         try:
-            while not entry.done and time.monotonic() < entry.deadline and self._run_next():
+            while entry.result is None and self._takes_more() and self._run_next():
                 pass
         finally:
-            self._stack.depth -= 1
+            self._depth -= 1
+        if entry.result is None:
+            self.commit_began = time.monotonic()
 
-    def in_writer(self) -> bool:
-        """Is this a thread that writes?"""
-        return hasattr(self._stack, "depth")
-
-    def answered(self) -> None:
-        """Called by waitress when there is something to send: wakes the loop. A writer does so after its group."""
-        if not self.in_writer():
-            self.wake_loop()
-
-    def _write(self) -> None:
-        self._stack.depth = 0
-        while True:
-            self._turns.get()
-            while self._run_next():
-                self.wake_loop()  # at the end of each group, and not only of the last
+    def _takes_more(self) -> bool:
+        """Is there time and room in this group? A request that came much later keeps its own deadline."""
+        late = not self._requests or self._requests[0][1] > self._arrived + SAME_TIME_S
+        return not late and self._depth <= LARGEST_GROUP and time.monotonic() < self._commit_at
 
     def _run_next(self) -> bool:
+        """Run one request; False if there is none."""
         try:
-            channel = self._writes.popleft()
+            request, _ = self._requests.popleft()
         except IndexError:
             return False
-        run_request(channel)
+        run_safely(request)
+        if self.commit_began:
+            self.last_commit_s = time.monotonic() - self.commit_began
+            self.commit_began = 0.0
         return True
 
-    def _read(self) -> None:
-        while True:
-            run_request(self._reads.get())
 
-
-def run_request(channel: Any) -> None:
-    """Lets waitress run one request, and answer its errors. Whatever waitress throws itself, the thread goes on:
-    without its writers the service would be dead, and look alive.
-    """
+def run_safely(work: Callable[[], Any]) -> None:
+    """Run something for a thread that has to go on whatever happens: without it the service would only look alive."""
     try:
-        channel.service()
+        work()
     except Exception:
         with contextlib.suppress(Exception):  # there may be no memory left to say so
-            log.exception("waitress failed")
+            log.exception("the server failed")
 
 
-class ProblemTask(ErrorTask):
-    """What waitress itself refuses, said as a problem like everything else."""
+# ==================== The server behind `python service.py` =========================================
 
-    details: ClassVar = {
-        400: "The request is not well-formed HTTP/1.1.",
-        413: "The body is far larger than what is taken here.",
-        431: f"The headers are larger than {MAX_HEADER_BYTES} bytes.",
-        501: "The only Transfer-Encoding here is chunked.",
-    }
-
-    def execute(self) -> None:
-        status = self.request.error.code
-        problem = Problem(status, self.details.get(status, UNKNOWN_OUTCOME))
-        self.status = f"{status} {HTTPStatus(status).phrase}"
-        self.response_headers.append(("Content-Type", "application/problem+json"))
-        self.set_close_on_finish()
-        self.content_length = len(problem.body)
-        self.write(problem.body)
-
-
-class Parser(HTTPRequestParser):
-    """Refuses what two servers in a row could understand differently (RFC 9112, 2.6, 5.2 and 6.3)."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        super().parse_header(header_plus)
-        framed_twice = self.chunked and "CONTENT_LENGTH" in self.headers
-        folded = b"\r\n " in header_plus or b"\r\n\t" in header_plus
-        unknown_version = self.version not in ("1.0", "1.1")
-        if framed_twice or folded or unknown_version or "TRANSFER_ENCODING" in self.headers:
-            raise ParsingError("ambiguous")
-        # waitress forgets that a request is whole when it says 100 Continue to one without a body, or with one that
-        # it refuses: the answer would never come.
-        if self.body_rcv is None or self.content_length >= self.adj.max_request_body_size:
-            self.expect_continue = False
-
-
-class Channel(HTTPChannel):
-    """A connection. What a writer answers is only queued, for the loop to send: each send() would give up the GIL,
-    and wait for it again while the loop and the other writer want it too.
-    """
-
-    parser_class = Parser
-    error_task_class = ProblemTask
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        return not self.server.task_dispatcher.in_writer() and super()._flush_some(do_close)
+CONNECTIONS = 4096  # fewer if the process may not open as many files
+MAX_HEAD_BYTES = 16_384
+SMALL_BODY_BYTES = 16_384  # bodies up to this size are not counted
+LARGE_BODY_BYTES = 131_072  # takes 1 ms to check
+BODIES_BYTES = 64 * 1024 * 1024  # the limit for the sum of the larger ones
+UNSENT_BYTES = 64 * 1024 * 1024  # of answers; over it, the client that has not read for the longest time has to go
+DISCARDED_BYTES = 64 * 1024 * 1024  # read after a refusal, for a client that has to send all before it reads why
+STUCK_S = 0.020  # after this time in a COMMIT, the other thread becomes the loop
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+DRAIN_S = BUSY_TIMEOUT_S + 1  # how long a server that was told to stop waits for the requests in flight
 
 
 class Server:
-    """waitress with a TurnDispatcher and an end: stop() lets the requests in flight finish."""
+    """waitress's sockets, and a loop that runs POSTs itself while the disk is quick.
 
-    def __init__(self, app: falcon.App, store: Store, settings: Settings):
+    Two threads take turns. One is the loop: it waits for the sockets, and runs the POSTs that have come in. The other
+    stands by. When a COMMIT takes longer than STUCK_S (a slow disk, a lock that somebody holds), the one that stands by
+    becomes the loop, so that no write stops a read. The first writes what waits, and then stands by. As long as COMMITs
+    are slow, or for a large body, the loop leaves POSTs to the other thread. GETs have threads of their own.
+    """
+
+    def __init__(self, app: Callable, settings: Settings, posts: WaitingPosts, authenticate: Callable):
+        self.max_body = settings.max_body
+        self._authenticate = authenticate
+        self._posts = posts
+        self._reads: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._unread: deque[Channel] = deque()  # their clients sent a request before they took the last answer
         self._map: dict[int, Any] = {}
-        self._dispatcher = TurnDispatcher(settings.threads)
-        store.gather = self._dispatcher.gather
-        where = {"listen": settings.listen}
-        if settings.listen.startswith("unix:"):
-            # Who may come in is a matter of tokens; the proxy in front mostly runs as another user.
-            where = {"unix_socket": settings.listen.removeprefix("unix:"), "unix_socket_perms": "666"}
-        # waitress counts the framing of chunks, and refuses what is exactly as large; the app is exact.
-        far_too_large = 2 * settings.max_body + 65_536
-        create_server(
-            app,
-            map=self._map,
-            _dispatcher=self._dispatcher,
-            connection_limit=connection_limit(),
-            asyncore_use_poll=True,  # select() ends at descriptor 1024
-            max_request_header_size=MAX_HEADER_BYTES,
-            max_request_body_size=far_too_large,
-            inbuf_overflow=far_too_large,  # no temporary file for a body
-            ident="Inlet",
-            url_prefix=settings.prefix,
-            **where,
-        )
-        self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
-        for listener in self._listeners:
-            listener.channel_class = Channel
-            listener.pull_trigger = self._dispatcher.answered
-        self._wake = self._listeners[0].trigger.pull_trigger
-        self._dispatcher.wake_loop = self._wake
+        self._calls: SimpleQueue[None] = SimpleQueue()  # wakes the thread that stands by
+        self._watched = False  # does the thread that stands by look at the clock?
+        self._loop = 0  # the thread that is the loop
+        self._running = threading.Lock()  # held by the thread that runs POSTs
+        self._hand_over = False  # are there POSTs that take long even on a quick disk?
         self._stopping = False
-
-    @property
-    def url(self) -> str:
-        """Where the server can be reached; empty for a Unix socket."""
-        listener = self._listeners[0]
-        if listener.effective_host == "unix":
-            return ""
-        host = f"[{listener.effective_host}]" if ":" in listener.effective_host else listener.effective_host
-        return f"http://{host}:{listener.effective_port}"
-
-    def stop(self) -> None:
-        """Ends run() when the requests in flight have their answers. May be called in a signal handler."""
-        self._stopping = True
-        self._wake()
+        self._drained_at = 0.0
+        self._ended = threading.Event()
+        self._listeners = listeners(app, settings, self, self._map)
+        self.port = self._listeners[0].effective_port  # which the system has chosen if 0 was asked for
+        for _ in range(settings.threads):
+            threading.Thread(target=self._read, daemon=True).start()
 
     def run(self) -> None:
-        """Serves until stop() is called."""
-        # A writer's stack holds a whole group: about 20 frames for each request, and its JSON on top.
+        """Serve until one of STOP_SIGNALS comes, which all threads have to block; let the requests in flight finish."""
+        # The stack holds a whole group: about 20 frames for each request, and its JSON on top.
         sys.setrecursionlimit(max(sys.getrecursionlimit(), 40 * LARGEST_GROUP + 2 * MAX_DEPTH))
-        while not self._stopping:
-            self._turn(1.0)
-        for listener in self._listeners:
-            listener.del_channel()
-            listener.socket.close()
-        deadline = time.monotonic() + DRAIN_S
-        while self._busy_channels() and time.monotonic() < deadline:
-            self._turn(0.1)
+        for is_first in (True, False):
+            threading.Thread(target=self._take_turns, args=(is_first,), daemon=True).start()
+        signal.sigwait(STOP_SIGNALS)
+        self._stopping = True
+        self._wake_loop()
+        self._ended.wait()
 
-    def _turn(self, timeout_s: float) -> None:
-        poll2(timeout_s, self._map)
-        self._dispatcher.end_turn()
+    def add_task(self, channel: "Channel") -> None:
+        """Take a connection whose next request has come in whole; waitress calls this."""
+        if channel.lingers:  # whatever stands behind a request that was refused
+            channel.requests.clear()
+            return
+        request = channel.requests[0]
+        if channel.total_outbufs_len:
+            self._unread.append(channel)
+        elif request.command == "POST" and not request.problem:
+            self._hand_over |= request.held > LARGE_BODY_BYTES or "CONTENT_ENCODING" in request.headers
+            self._posts.add(channel.service, request.arrived)
+        else:
+            self._reads.put(channel.service)
 
-    def _busy_channels(self) -> list[Any]:
-        """The connections that still have something to come; the others are told to close."""
-        channels = [channel for listener in self._listeners for channel in listener.active_channels.values()]
-        for channel in channels:
-            if not channel.requests and not channel.request:
-                channel.close_when_flushed = True
-        return [channel for channel in channels if channel.requests or channel.request or channel.total_outbufs_len]
+    def answered(self) -> None:
+        """Wake the loop: a connection can take its next request, or has more to send. waitress calls this."""
+        if threading.get_ident() not in (self._loop, self._posts.thread):
+            self._wake_loop()
+
+    def sends(self) -> bool:
+        """May this thread send? A thread that runs POSTs beside the loop would fight for the GIL after each send()."""
+        return threading.get_ident() == self._loop or threading.get_ident() != self._posts.thread
+
+    def admit(self, request: "Parser") -> None:
+        """Note whose request it is that has a body; Problem if there is no token or the body is too large."""
+        request.client = self._authenticate(request.headers.get("AUTHORIZATION"))
+        request.admitted = time.monotonic()
+        self.require_room(request.length)
+
+    def require_room(self, size: int, held: int = 0) -> None:
+        """Raise Problem if a body of this size in bytes is too large, or if too much of bodies is held already."""
+        if size > self.max_body:
+            raise too_large(self.max_body)
+        if held > SMALL_BODY_BYTES:
+            requests = [each for channel in self._channels() for each in (channel.request, *channel.requests) if each]
+            if sum(each.held for each in requests) > max(BODIES_BYTES, 4 * self.max_body):
+                raise Problem(503, "Too many large bodies are on their way.")
+
+    def _channels(self) -> list["Channel"]:
+        return [channel for listener in self._listeners for channel in list(listener.active_channels.values())]
+
+    def _take_turns(self, is_loop: bool) -> None:
+        me = threading.get_ident()
+        self._loop = me if is_loop else self._loop
+        while not self._ended.is_set():
+            run_safely(self._turn if self._loop == me else self._stand_by)
+            if self._stopping and self._loop == me:
+                run_safely(self._drain)
+
+    def _turn(self) -> None:
+        """Read and send what there is, then see that POSTs are run."""
+        at_once = self._posts and not self._running.locked()
+        poll2(0.0 if at_once else 0.1 if self._stopping else 1.0, self._map)
+        for _ in range(len(self._unread)):
+            channel = self._unread.popleft()
+            channel.will_close |= channel.last_activity < time.time() - channel.adj.channel_timeout
+            self.add_task(channel)
+        if self._posts and (self._hand_over or self._posts.last_commit_s > STUCK_S or not self._run_posts()):
+            self._calls.put(None)
+        self._hand_over = False
+
+    def _run_posts(self) -> bool:
+        """Run the POSTs that wait, in the loop for STUCK_S at most; False if another thread does that already."""
+        if not self._running.acquire(blocking=False):
+            return False
+        until = time.monotonic() + STUCK_S
+        try:
+            while self._posts and (time.monotonic() < until or threading.get_ident() != self._loop):
+                if not self._watched:
+                    self._watched = True
+                    self._calls.put(None)
+                self._posts.run_group()
+                if threading.get_ident() != self._loop:
+                    self._wake_loop()
+        finally:
+            self._running.release()
+        return True
+
+    def _stand_by(self) -> None:
+        """Wait for POSTs that the loop does not run itself, and for a COMMIT in which it is stuck."""
+        with contextlib.suppress(Empty):
+            self._calls.get(timeout=STUCK_S if self._watched else None)
+        if self._posts and self._run_posts():
+            return
+        began = self._posts.commit_began
+        if began and time.monotonic() > began + STUCK_S:
+            self._loop = threading.get_ident()
+        elif not self._running.locked():
+            self._watched = False
+
+    def _drain(self) -> None:
+        """Take no more connections, and end when the requests in flight have their answers, or after DRAIN_S."""
+        if not self._drained_at:
+            self._drained_at = time.monotonic() + DRAIN_S
+            for listener in self._listeners:
+                accept_all(listener)
+                listener.del_channel()
+                listener.socket.close()
+            return  # what has come already is read first
+        busy = [channel for channel in self._channels() if channel.finish_or_close()]
+        if not busy or time.monotonic() > self._drained_at:
+            self._ended.set()
+            self._calls.put(None)
+
+    def _read(self) -> None:
+        while True:
+            request = self._reads.get()
+            unsent = [each for each in self._channels() if each.total_outbufs_len and not each.will_close]
+            unsent.sort(key=lambda each: each.last_activity, reverse=True)
+            while sum(each.total_outbufs_len for each in unsent) > UNSENT_BYTES:
+                unsent.pop().will_close = True
+                self._wake_loop()
+            run_safely(request)
+
+    def _wake_loop(self) -> None:
+        self._listeners[0].trigger.pull_trigger()
 
 
-def connection_limit() -> int:
-    """How many connections this process can hold, having asked for all that the system allows it."""
-    import resource
+# ==================== Repairs of waitress 3.0.2: each can go when a release does the same ===========
 
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+# RFC 9112, 2 to 5. Possessive quantifiers take one pass; waitress's expressions take 29 s for 16 KB of `GET a://111…`.
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+FIELD_LINE = rb"%b:[\t -~\x80-\xff]*+\r\n" % TOKEN
+HEAD = re.compile(rb"(%b) ([!-~]++) HTTP/1\.([01])\r\n((?:%b)*+)" % (TOKEN, FIELD_LINE))
+HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|[A-Za-z0-9._~!$&'()*+,;=%-]*+)(?::[0-9]*+)?"
+TARGET = re.compile(rb"(?:https?://(?![:/?])%b|(?=[/*]))(\*|/[^?#]*+)?(?:\?([^#]*+))?" % HOST, re.IGNORECASE)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*+;[\t -~\x80-\xff]*+)?\r\n")
+TRAILER_LINE = re.compile(FIELD_LINE)
+MAX_LINE_BYTES = 1024  # of a chunk or a trailer
+
+
+def listeners(app: Callable, settings: Settings, server: Server, sockets: dict[int, Any]) -> list[BaseWSGIServer]:
+    """Return waitress's listening sockets, repaired; OSError or ValueError if there is no such address to be had."""
+    where = {"listen": settings.listen}
+    if settings.listen.startswith("unix:"):
+        path = settings.listen.removeprefix("unix:")
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as other, contextlib.suppress(OSError):
+            other.connect(path)
+            raise ValueError("another process listens there")  # waitress would take its place
+        # Who may come in is a matter of tokens; the proxy in front mostly runs as another user.
+        where = {"unix_socket": path, "unix_socket_perms": "666"}
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, soft - 64))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    create_server(
+        app,
+        map=sockets,
+        _dispatcher=server,
+        connection_limit=CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - 64)),
+        clear_untrusted_proxy_headers=False,  # nothing here reads them
+        outbuf_high_watermark=sys.maxsize,  # over this a thread would wait for a client
+        ident="Inlet",
+        url_prefix=settings.prefix,
+        **where,
+    )
+    found = [each for each in sockets.values() if isinstance(each, BaseWSGIServer)]
+    for listener in found:
+        listener.channel_class = Channel
+        listener.pull_trigger = server.answered
+        listener.handle_accept = lambda listener=listener: accept_all(listener)
+    return found
 
 
-# ---------------------------------------------------------------------------------------------------------
-# migrate and backup
-# ---------------------------------------------------------------------------------------------------------
+def accept_all(listener: BaseWSGIServer) -> None:
+    """Accept all who wait. waitress accepts one in a turn of its loop, so that the 256th waited for a second."""
+    try:
+        while len(listener._map) < listener.adj.connection_limit:
+            connection, address = listener.socket.accept()
+            listener.set_socket_options(connection)
+            Channel(listener, connection, listener.fix_addr(address), listener.adj, map=listener._map)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            log.warning("no connection can be accepted: %s", error)
+            time.sleep(0.1)  # or the loop would try without a pause
 
-COPY_ROWS = 10_000  # in one statement of a migration
+
+class Body:
+    """The body of a request as it comes in: length bytes, or chunks if that is None (RFC 9112, 6 and 7.1).
+
+    waitress accepts malformed chunk lines and trailers.
+    """
+
+    def __init__(self, length: int | None):
+        self.content = io.BytesIO()
+        self.complete = self.broken = False
+        self._left = length or 0  # bytes of the chunk
+        self._next = "size" if length is None else "end of body"
+        self._line = b""
+
+    def take(self, data: bytes) -> int:
+        """Take in what belongs to this body; return how many bytes did."""
+        at = 0
+        while at < len(data) and not self.complete and not self.broken:
+            if self._left:
+                piece = data[at : at + self._left]
+                self._left -= len(piece)
+                at += len(piece)
+                self.content.write(piece)
+                self.complete = not self._left and self._next == "end of body"
+            else:
+                end = data.find(b"\n", at) + 1 or len(data)
+                self._line += data[at:end]
+                at = end
+                if self._line.endswith(b"\n") or len(self._line) > MAX_LINE_BYTES:
+                    self._take_line(self._line[:MAX_LINE_BYTES])
+                    self._line = b""
+        return at
+
+    def _take_line(self, line: bytes) -> None:
+        if self._next == "size" and (size := CHUNK_LINE.fullmatch(line)):
+            self._left = int(size[1], 16)
+            self._next = "end of chunk" if self._left else "trailer"
+        elif self._next == "end of chunk" and line == b"\r\n":
+            self._next = "size"
+        elif self._next == "trailer" and line == b"\r\n":
+            self.complete = True
+        elif self._next != "trailer" or not TRAILER_LINE.fullmatch(line):
+            self.broken = True
+
+
+@lru_cache(maxsize=1024)
+def header_name(name: bytes) -> str:
+    """Return the name of a header as WSGI spells it; empty if it has a "_", which stands for "-" there."""
+    return "" if b"_" in name else name.decode().upper().replace("-", "_")
+
+
+class Parser(HTTPRequestParser):
+    """A request, read strictly: what two servers in a row could understand differently is refused (RFC 9112, 11.2).
+
+    Whether it may send a body is decided when the head is there. waitress takes in the whole body first.
+    """
+
+    body: Body | None = None
+    length = 0  # bytes that the body will have, if its head says so
+    held = 0  # bytes of it that are here
+    client: Client | None = None  # whose request it was when its head came
+    admitted = 0.0  # and when that was
+    problem: Problem | None = None  # why the request is refused
+    command, path, query, request_uri, url_scheme, version = "GET", "/", "", "/", "http", "1.1"
+
+    def __init__(self, adj: Any, server: Server):
+        super().__init__(adj)
+        self._server = server
+        self.arrived = time.monotonic()
+
+    def received(self, data: bytes) -> int:
+        """Take in what belongs to this request; return how many bytes did."""
+        if self.headers_finished:
+            return self._receive_body(data)
+        self.header_plus = (self.header_plus + data).lstrip(b"\r\n")  # empty lines before a request: RFC 9112, 2.2
+        head, end, rest = self.header_plus.partition(b"\r\n\r\n")
+        self.empty = self.completed = not head
+        try:
+            if len(head) > MAX_HEAD_BYTES:
+                raise Problem(431, f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
+            if end:
+                self.headers_finished = True
+                self.parse_header(head + b"\r\n")
+                if self.body:
+                    self._server.admit(self)
+                self.completed = not self.body
+        except Problem as problem:
+            self._refuse(problem)
+        return len(data) - len(rest)
+
+    def _refuse(self, problem: Problem) -> None:
+        self.problem, self.completed, self.expect_continue = problem, True, False
+        self.version, self.headers["CONNECTION"] = "1.1", ""  # or waitress would close at once; see Channel.linger
+
+    def parse_header(self, head: bytes) -> None:
+        """Read the request line and the headers; Problem 400 or 501."""
+        match = HEAD.fullmatch(head)
+        target = match and TARGET.fullmatch(match[2])
+        if not target:
+            raise Problem(400, "The request is not well-formed HTTP/1.1.")
+        self.command, self.request_uri, self.version = match[1].decode(), match[2].decode(), f"1.{match[3].decode()}"
+        if not self.command.isupper():  # methods are case-sensitive, but not in waitress
+            raise Problem(501, "No path here takes this method.")
+        self.path = unquote_to_bytes(target[1] or b"/").decode("latin-1")
+        self.query = (target[2] or b"").decode()
+        headers = self.headers
+        for line in match[4].split(b"\r\n")[:-1]:
+            name, _, value = line.partition(b":")
+            if key := header_name(name):
+                text = value.strip(b" \t").decode("latin-1")
+                headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        if not re.fullmatch(HOST, headers.get("HOST", "" if self.version == "1.0" else " ").encode("latin-1")):
+            raise Problem(400, "A request has one Host.")
+        options = {option.strip(" \t").lower() for option in headers.get("CONNECTION", "").split(",")}
+        headers["CONNECTION"] = "close" if "close" in options else "keep-alive" if "keep-alive" in options else ""
+        self._expect_body()
+        expects = self.version == "1.1" and headers.get("EXPECT", "").lower() == "100-continue"
+        self.expect_continue = expects and self.body is not None
+
+    def _expect_body(self) -> None:
+        """Find out how long the body is; RFC 9112, 6.3."""
+        length, coding = self.headers.get("CONTENT_LENGTH"), self.headers.pop("TRANSFER_ENCODING", None)
+        if coding is not None:
+            codings = [each.strip(" \t").lower() for each in coding.split(",")]
+            if length is not None or self.version == "1.0" or "" in codings or "chunked" in codings[:-1]:
+                raise Problem(400, "It is not clear where the body ends.")
+            if codings != ["chunked"]:
+                raise Problem(501, "The only Transfer-Encoding here is chunked.")
+            self.body = Body(None)
+        elif length is not None:
+            if not re.fullmatch("[0-9]{1,18}", length):
+                raise Problem(400, "Content-Length is not a number of bytes.")
+            self.length = int(length)
+            self.body = Body(self.length) if self.length else None
+
+    def _receive_body(self, data: bytes) -> int:
+        taken = self.body.take(data)
+        self.held = self.body.content.tell()
+        try:
+            if self.body.broken:
+                raise Problem(400, "The chunks of the body are malformed.")
+            self._server.require_room(self.held, self.held)
+        except Problem as problem:
+            self._refuse(problem)
+        if self.body.complete:
+            self.completed, self.arrived = True, time.monotonic()
+            self.headers["CONTENT_LENGTH"] = str(self.held)
+        return taken
+
+    def get_body_stream(self) -> io.BytesIO:
+        """Return the body for wsgi.input."""
+        content = self.body.content if self.body else io.BytesIO()
+        content.seek(0)
+        return content
+
+    def close(self) -> None:
+        self.body, self.held = None, 0
+
+
+class Task(WSGITask):
+    """The run of one request."""
+
+    def get_environment(self) -> dict[str, Any]:
+        """Return the WSGI environment with what is known: when the request came, whose it is, why it is refused."""
+        environ, request = super().get_environment(), self.request
+        environ["inlet.arrived"] = request.arrived
+        if time.monotonic() < request.admitted + CLIENTS_REFRESH_S:
+            environ["inlet.client"] = request.client
+        environ["inlet.problem"] = request.problem
+        return environ
+
+    def start(self) -> None:
+        super().start()
+        if self.request.problem:
+            self.response_headers.append(("Connection", "close"))
+
+    def finish(self) -> None:
+        super().finish()
+        self.channel.flush()
+        if self.request.problem:
+            self.channel.linger()
+
+
+class Channel(HTTPChannel):
+    """A connection. Its unsent answer stays in memory, and is sent in one piece when it is complete.
+
+    waitress sends the head alone, makes a temporary file of an answer over 1 MiB, and lets threads wait over 16 MiB.
+    """
+
+    task_class = Task
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._unsent = bytearray()
+        self.lingers = False
+        self._discarded = 0  # bytes
+
+    def parser_class(self, adj: Any) -> Parser:
+        return Parser(adj, self.server.task_dispatcher)
+
+    def readable(self) -> bool:
+        """May more be read? A connection that has to go is closed here: poll() may never find it writable."""
+        if self.will_close:
+            self.handle_close()
+        return super().readable()
+
+    def write_soon(self, data: bytes) -> int:
+        """Add to the answer."""
+        with self.outbuf_lock:
+            if not self.connected:
+                raise ClientDisconnected
+            self._unsent += data
+            self.total_outbufs_len = len(self._unsent)
+        return len(data)
+
+    def flush(self) -> None:
+        """Send what the client takes at this moment, if this thread sends; the loop sends the rest."""
+        if self.server.task_dispatcher.sends():
+            self._flush_exception(self._flush_some, do_close=False)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        with self.outbuf_lock:  # waitress's loop comes here without it
+            sent = self.send(self._unsent, do_close=do_close) if self._unsent else 0
+            del self._unsent[:sent]
+            self.total_outbufs_len = len(self._unsent)
+        if sent:
+            self.last_activity = time.time()
+        return bool(sent)
+
+    def handle_expt(self) -> None:
+        """Close: urgent data has no place in HTTP, and poll() would report it for ever."""
+        self.handle_close()
+
+    def linger(self) -> None:
+        """Close for sending, but read on: to close on a client that still sends would take the answer from it."""
+        self.lingers = True
+        self.close_when_flushed = bool(self._unsent)
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RD if self._unsent else socket.SHUT_WR)
+
+    def received(self, data: bytes) -> bool:
+        if not self.lingers:
+            return super().received(data)
+        self._discarded += len(data)
+        self.will_close = self._discarded > DISCARDED_BYTES
+        return True
+
+    def send_continue(self) -> None:
+        """Say 100 Continue; waitress's own writes into its own buffers."""
+        self.request.expect_continue = False
+        self.sent_continue = True
+        self.write_soon(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.flush()
+
+    def check_client_disconnected(self) -> bool:
+        """Has the client closed its side, and sent nothing more before that?"""
+        try:
+            return not self.connected or self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def finish_or_close(self) -> bool:
+        """Return True while a request or an answer is unfinished; otherwise mark the connection for closing."""
+        self.close_when_flushed = self.close_when_flushed or not (self.requests or self.request)
+        return bool(self.requests or self.request or self.total_outbufs_len)
+
+
+# ==================== migrate and backup ============================================================
+
 SHOWN_IDS = 20
-
-Progress = Callable[[str, int, int], None]  # what, how much is done, of how much
 
 
 class BrokenRules(Exception):
     """Old messages break a new rule. The text names the rules and the ids, a line for each rule."""
 
 
-def migrate(path: Path, schema: Schema, progress: Progress) -> list[str]:
-    """Gives a database the tables of schema.sql, in one transaction, and returns what was changed.
+def migrate(path: Path, schema: Schema) -> list[str]:
+    """Give a database the tables of schema.sql, in one transaction, and return what was changed.
 
-    A table that differs is made anew, and its ordinary columns are copied; what is generated computes itself.
-    Ids stay as they are, and used ones stay used. Raises BrokenRules or SetupError, having changed nothing.
+    A table that differs is made anew and its columns are copied; what is generated computes itself. Ids stay as they
+    are, and used ones stay used. Raises BrokenRules or SetupError, having changed nothing.
     """
-    lock = WriteLock(path)
-    with contextlib.closing(lock), lock.held(), contextlib.closing(connect(path, "rw")) as db:
+    with alone(path) as db:
         db.execute("PRAGMA foreign_keys = OFF")  # they are checked at the end
         db.execute("BEGIN IMMEDIATE")
-        changes = differences(db, schema)
-        broken = Migration(db, schema, progress).run()
+        changes = [text for text, _ in differences(db, schema)]
+        broken = Migration(db, schema).run()
         if broken:
-            db.execute("ROLLBACK")
-            raise BrokenRules("\n".join(broken))
+            raise BrokenRules("\n".join(broken))  # and the connection, when it is closed, rolls back
         db.execute("COMMIT")
         checkpoint(db)
         return changes
@@ -1813,190 +2151,178 @@ def migrate(path: Path, schema: Schema, progress: Progress) -> list[str]:
 class Migration:
     """One run of migrate, inside of its transaction."""
 
-    def __init__(self, db: sqlite3.Connection, schema: Schema, progress: Progress):
+    def __init__(self, db: sqlite3.Connection, schema: Schema):
         self._db = db
         self._schema = schema
-        self._progress = progress
+        self._broken: dict[tuple[str, str], list[int]] = {}  # ids by (table, rule)
 
     def run(self) -> list[str]:
-        """Changes the database, and returns the rules that rows break, a line for each."""
-        self._drop_empty_streams()
-        rebuilt = self._tables_to_rebuild()
-        self._drop_rules(rebuilt)
-        broken = [line for table in rebuilt for line in self._rebuild(table)]
-        if not broken:
-            self._create_missing()
-            for statement in self._schema.statements:
-                if sql_words(statement).startswith("INSERT "):
-                    self._db.execute(statement)
-            broken = self._broken_references()
-        return broken
-
-    def _drop_empty_streams(self) -> None:
-        for kind, name in leftovers(self._db, self._schema):
-            if kind == "table":
-                if self._count(name):
-                    raise SetupError(
-                        f"the table {name} is not in the schema and holds {self._count(name)} messages:"
-                        f" put it back, or drop it by hand"
-                    )
-                with self._keeping_used_ids(name):
-                    self._db.execute(f"DROP TABLE {quoted(name)}")
-
-    def _tables_to_rebuild(self) -> list[str]:
-        """Tables whose CREATE or whose UNIQUE indexes differ: their rows have to pass the new rules."""
+        """Change the database, and return the rules that rows break, a line for each."""
         old, new = schema_objects(self._db), self._schema.objects
-        both = [name for kind, name in new if kind == "table" and (kind, name) in old]
-        return [name for name in both if rules_for_rows(old, name) != rules_for_rows(new, name)]
-
-    def _drop_rules(self, rebuilt: list[str]) -> None:
-        """Drops what is made again later: it stands on a table that is rebuilt, has changed, or has gone."""
         gone = leftovers(self._db, self._schema)
-        tables = {name.lower() for name in rebuilt}
-        for (kind, name), old in schema_objects(self._db).items():
-            new = self._schema.objects.get((kind, name))
-            changed = new and sql_tokens(new.sql) != sql_tokens(old.sql)
-            if kind != "table" and (old.table in tables or changed or (kind, name) in gone):
-                self._db.execute(f"DROP {kind} IF EXISTS {quoted(name)}")  # a view takes its triggers with it
+        tables = [name for kind, name in new if kind == "table" and (kind, name) in old]
+        rebuilt = [name for name in tables if rules_for_rows(old, name) != rules_for_rows(new, name)]
+        for each in (each for each in gone if each.kind == "table"):
+            (count,) = self._db.execute(f"SELECT count(*) FROM {quoted(each.name)}").fetchone()
+            if count:
+                left = f"the table {each.name} is not in the schema and holds {count} messages"
+                raise SetupError(f"{left}: put it back, or drop it by hand")
+            self._drop_keeping_used_ids(each.name)
+        for key, each in old.items():  # what is made again later: on a table that is rebuilt, changed, or gone
+            changed = each in gone or (key in new and not new[key].same_as(each))
+            if each.kind != "table" and (changed or each.table in rebuilt):
+                self._db.execute(f"DROP {each.kind} IF EXISTS {quoted(each.name)}")  # a view takes its triggers along
+        for name in rebuilt:
+            self._rebuild(old["table", name], new["table", name])
+        if not self._broken:
+            for key, each in new.items():
+                if key not in schema_objects(self._db):  # looked up each time: FTS5 makes tables with its own
+                    self._db.execute(each.sql)
+                    spelling = "UPDATE sqlite_sequence SET name = ?1 WHERE name = ?1 COLLATE NOCASE"
+                    self._db.execute(spelling, (each.name,))  # what AUTOINCREMENT knows, in another case
+            for statement in self._schema.statements:
+                if normal(statement)[0] == "insert":
+                    self._db.execute(statement)
+            for name in (name for kind, name in new if kind == "table"):
+                for table, rowid, parent, _ in self._db.execute(f"PRAGMA foreign_key_check({quoted(name)})"):
+                    self._broken.setdefault((table, f"FOREIGN KEY to {parent}"), []).append(rowid)
+        lines = []
+        for (table, rule), ids in self._broken.items():
+            more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
+            lines.append(f"{table}: {len(ids)} broke {rule!r}: ids {', '.join(map(str, ids[:SHOWN_IDS]))}{more}")
+        return lines
 
-    def _rebuild(self, table: str) -> list[str]:
-        """Makes a table anew and copies its rows; returns the rules that they break.
+    def _rebuild(self, old: SchemaObject, new: SchemaObject) -> None:
+        """Copy the rows of a table to one without constraints, make the table anew, and copy them back.
 
-        The rows wait in a table without any rules. (Renaming the old table would rewrite what refers to it.)
+        (To rename the old table would change what refers to it.)
         """
-        db, new, copy = self._db, self._schema.objects["table", table], f"{table} before migrate"
-        if sql_words(new.sql).startswith("CREATE VIRTUAL"):
-            raise SetupError(f"the virtual table {table} has changed: drop it by hand, and it is made anew")
-        before = self._ordinary_columns(table)
-        columns = ", ".join(quoted(column) for column in before)
-        is_stream = table in self._schema.streams and "id" in before
-        definitions = [quoted(column) + " INTEGER PRIMARY KEY" * (is_stream and column == "id") for column in before]
-        db.execute(f"CREATE TABLE {quoted(copy)} ({', '.join(definitions)})")
-        db.execute(f"INSERT INTO {quoted(copy)} ({columns}) SELECT {columns} FROM {quoted(table)}")
-        with self._keeping_used_ids(table):
-            db.execute(f"DROP TABLE {quoted(table)}")
-            db.execute(new.sql)
+        db, copy = self._db, quoted(f"{old.name} before migrate")
+        if normal(new.sql)[1] == "virtual":
+            raise SetupError(
+                f"the virtual table {new.name} has changed: drop it with sqlite3, migrate, and fill it again"
+            )
+        before, had_rowid = columns_of(db, old.name), self._has_rowid(old.name)
+        show(f"copying {old.name}")
+        rowid = '_rowid_ AS "rowid before migrate", ' if had_rowid else ""
+        db.execute(f"CREATE TABLE {copy} AS SELECT {rowid}* FROM {quoted(old.name)}")
+        self._drop_keeping_used_ids(old.name, new.name)
+        db.execute(new.sql)
         for (kind, _), index in self._schema.objects.items():
-            if kind == "index" and index.table == new.table and sql_words(index.sql).startswith("CREATE UNIQUE"):
+            if (kind, index.table) == ("index", fold(new.name)) and index.unique:
                 db.execute(index.sql)
-        self._refuse_to_forget(table, copy)
-        kept = ", ".join(quoted(column) for column in self._ordinary_columns(table) if column in before)
-        insert = f"INSERT INTO {quoted(table)} ({kept}) SELECT {kept} FROM {quoted(copy)}"
-        broken = self._copy_messages(table, copy, insert) if is_stream else self._copy_lookup(table, insert)
-        db.execute(f"DROP TABLE {quoted(copy)}")
-        return broken
-
-    @contextlib.contextmanager
-    def _keeping_used_ids(self, table: str) -> Iterator[None]:
-        """Keeps what AUTOINCREMENT knows of a table that is dropped: https://www.sqlite.org/autoinc.html"""
-        used = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
-        yield
-        if used:
-            self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, used[0]))
-
-    def _refuse_to_forget(self, table: str, copy: str) -> None:
-        """Stops a migration that would drop what stands in an ordinary column: nothing can compute it again."""
-        for column in set(self._ordinary_columns(copy)) - set(self._ordinary_columns(table)):
-            if self._db.execute(f"SELECT 1 FROM {quoted(copy)} WHERE {quoted(column)} IS NOT NULL").fetchone():
-                raise SetupError(f"table {table}: the column {column} holds data, and is not in the schema")
-
-    def _copy_messages(self, table: str, copy: str, insert: str) -> list[str]:
-        """Copies by ranges of ids; a range with a row that breaks a rule goes row by row, to name it."""
-        broken: dict[str, list[int]] = {}
-        total, done, last = self._count(copy), 0, -(2**63)
-        ids_after = f"SELECT id FROM {quoted(copy)} WHERE id > ? ORDER BY id LIMIT {COPY_ROWS}"
-        while ids := [row[0] for row in self._db.execute(ids_after, (last,))]:
-            try:
-                self._db.execute(f"{insert} WHERE id > ? AND id <= ? ORDER BY id", (last, ids[-1]))
-            except sqlite3.Error as error:
-                self._require_transaction(error)
-                for message_id in ids:
-                    try:
-                        self._db.execute(f"{insert} WHERE id = ?", (message_id,))
-                    except sqlite3.Error as row_error:
-                        self._require_transaction(row_error)
-                        rule = self._schema.sentences.get(str(row_error), str(row_error))
-                        broken.setdefault(rule, []).append(message_id)
-            last, done = ids[-1], done + len(ids)
-            self._progress(table, done, total)
-        return [broken_rule(table, rule, ids) for rule, ids in broken.items()]
-
-    def _copy_lookup(self, table: str, insert: str) -> list[str]:
+        after = columns_of(db, new.name)
+        kept = {name: column for name, column in after.items() if name in before and column["hidden"] <= 1}
+        for name, column in before.items():
+            data = f"SELECT 1 FROM {copy} AS c WHERE c.{quoted(column['name'])} IS NOT NULL"
+            if name not in kept and column["hidden"] <= 1 and db.execute(data).fetchone():
+                raise SetupError(
+                    f"table {new.name}: the column {name} holds data: put it back, or empty it with sqlite3"
+                )
+        into = [quoted(column["name"]) for column in kept.values()]
+        values = [f"c.{quoted(before[name]['name'])}" for name in kept]
+        has_integer_key = any(column["pk"] and column["type"].upper() == "INTEGER" for column in after.values())
+        if had_rowid and not has_integer_key and self._has_rowid(new.name):  # an integer key is the rowid
+            into, values = [*into, "_rowid_"], [*values, 'c."rowid before migrate"']
+        insert = f"INSERT INTO {quoted(new.name)} ({', '.join(into)}) SELECT {', '.join(values)} FROM {copy} AS c"
         try:
-            self._db.execute(insert)
+            db.execute(f"{insert} ORDER BY c.rowid")
         except sqlite3.Error as error:
             self._require_transaction(error)
-            return [f"{table}: {self._schema.sentences.get(str(error), str(error))}"]
-        return []
+            self._name_broken_rows(new.name, insert, copy, 'c."id"' if "id" in before else "c.rowid")
+        db.execute(f"DROP TABLE {copy}")
+
+    def _name_broken_rows(self, table: str, insert: str, copy: str, message_id: str) -> None:
+        """Copy row by row, and note which rows break which rule."""
+        for rowid, row_id in self._db.execute(f"SELECT c.rowid, {message_id} FROM {copy} AS c").fetchall():
+            try:
+                self._db.execute(f"{insert} WHERE c.rowid = ?", (rowid,))
+            except sqlite3.Error as error:
+                self._require_transaction(error)
+                rule = self._schema.sentences.get(fold(str(error)), str(error))
+                self._broken.setdefault((table, rule), []).append(row_id)
 
     def _require_transaction(self, error: sqlite3.Error) -> None:
-        """Lets only those errors pass that leave the transaction as it is: a rule, and not the disk."""
+        """Raise the error, unless it is a broken rule and the transaction is still open."""
         if not self._db.in_transaction or error.sqlite_errorname in ("SQLITE_FULL", "SQLITE_NOMEM"):
             raise error
 
-    def _create_missing(self) -> None:
-        for key, new in self._schema.objects.items():
-            if key not in schema_objects(self._db):  # looked up each time: FTS5 makes tables with its own
-                self._db.execute(new.sql)
+    def _has_rowid(self, table: str) -> bool:
+        """Has a table a rowid? https://www.sqlite.org/rowidtable.html"""
+        with contextlib.suppress(sqlite3.OperationalError):
+            return bool(self._db.execute(f"SELECT _rowid_ FROM {quoted(table)} LIMIT 0"))
+        return False
 
-    def _broken_references(self) -> list[str]:
-        broken: dict[tuple[str, str], list[int]] = {}
-        for kind, name in self._schema.objects:
-            if kind == "table":
-                for table, rowid, parent, _ in self._db.execute(f"PRAGMA foreign_key_check({quoted(name)})"):
-                    broken.setdefault((table, parent), []).append(rowid)
-        return [broken_rule(t, f"FOREIGN KEY to {parent}", ids) for (t, parent), ids in broken.items()]
-
-    def _ordinary_columns(self, table: str) -> list[str]:
-        """The columns that hold something of their own, in lower case, in which SQLite does not tell names apart."""
-        return [row[1].lower() for row in self._db.execute(f"PRAGMA table_xinfo({quoted(table)})") if row[6] == 0]
-
-    def _count(self, table: str) -> int:
-        return self._db.execute(f"SELECT count(*) FROM {quoted(table)}").fetchone()[0]
+    def _drop_keeping_used_ids(self, table: str, new_name: str = "") -> None:
+        """Drop a table, but keep what AUTOINCREMENT knows of it: https://www.sqlite.org/autoinc.html"""
+        used = self._db.execute("SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = ?", (table,)).fetchone()
+        self._db.execute(f"DROP TABLE {quoted(table)}")
+        if used:
+            self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (new_name or table, used[0]))
 
 
-def rules_for_rows(objects: dict[tuple[str, str], SchemaObject], table: str) -> tuple:
-    """What decides whether a table can hold a row: its CREATE and its UNIQUE indexes, as tokens."""
-    mine = [o.sql for (kind, _), o in objects.items() if kind == "index" and o.table == table.lower()]
-    unique = sorted(sql_tokens(sql) for sql in mine if sql_words(sql).startswith("CREATE UNIQUE"))
-    return sql_tokens(objects["table", table].sql), unique
+def rules_for_rows(objects: Objects, table: str) -> tuple:
+    """Return what decides whether a table can hold a row: its CREATE, and those of its UNIQUE indexes."""
+    mine = [made for (kind, _), made in objects.items() if (kind, made.table) == ("index", table) and made.unique]
+    return normal(objects["table", table].sql), sorted(normal(index.sql) for index in mine)
 
 
-def broken_rule(table: str, rule: str, ids: list[int]) -> str:
-    """A line that says which messages break a rule."""
-    more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
-    return f"{table}: {len(ids)} broke {rule!r}: ids {', '.join(map(str, ids[:SHOWN_IDS]))}{more}"
+def backup(path: Path, target: Path, replace: bool = False) -> None:
+    """Copy the database as it is at one moment, while others write to it; SetupError if target cannot be made.
 
-
-def backup(path: Path, target: Path, progress: Progress) -> None:
-    """Copies the database as it is at one moment, while others write to it.
-
-    target comes into being, or is replaced, only when the copy is whole and on disk.
+    target comes into being, or is replaced if that is allowed, only when the copy is whole and on disk.
     """
-    in_use = [path, *path.parent.glob(f"{glob.escape(path.name)}-*")]
-    if Path(f"{target}-wal").exists() or (target.exists() and any(target.samefile(file) for file in in_use)):
-        raise SetupError(f"{target} is in use")
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
+    target = target.resolve()
+    for other in (f"{target}{suffix}" for suffix in ("-wal", "-shm", "-journal", "-lock")):
+        if os.path.lexists(other):
+            raise SetupError(f"{target} is in use, or {other} was left behind: remove that first")
+    if target.is_dir():
+        raise SetupError(f"{target} is a folder: backup takes the path of a file")
+    taken = SetupError(f"{target} is there already: take another name, or --replace it")
+    if target.exists() and (not replace or target == path.resolve()):
+        raise taken
+    if not path.is_file():
+        raise SetupError(f"there is no database {path}")
     try:
-        with contextlib.closing(connect(path, "ro")) as source, contextlib.closing(sqlite3.connect(partial)) as copy:
+        fd, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".partial", dir=target.absolute().parent)
+        os.close(fd)
+        os.chmod(name, path.stat().st_mode)
+    except OSError as error:
+        raise SetupError(f"{target} cannot be written: {error}") from None
+    partial, closing = Path(name), contextlib.closing
+    try:
+        with closing(connect(path, "ro", BUSY_TIMEOUT_S)) as source, closing(sqlite3.connect(partial)) as copy:
             source.execute("BEGIN")  # one snapshot for all steps: else they would start again at every write
             source.execute("SELECT 1 FROM sqlite_schema").fetchall()
-            source.backup(
-                copy, pages=1000, sleep=0, progress=lambda _, left, all_: progress("pages", all_ - left, all_)
-            )
+            source.backup(copy, pages=10_000, progress=lambda _, left, of: show(f"{left} of {of} pages left"))
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        partial.replace(target)
+        partial.replace(target) if replace else os.link(partial, target)  # which fails if it has been made meanwhile
         sync_directory(target.absolute().parent)
-    except BaseException:
+    except FileExistsError:
+        raise taken from None
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------
+def show(progress: str) -> None:
+    """Show how far something is, on a terminal."""
+    if sys.stderr.isatty():
+        print(progress, file=sys.stderr, flush=True)
+
+
+# ==================== The command line ==============================================================
+
+COMMANDS = """commands:
+  (none)                serve
+  client add NAME       make a client and print its token, once, alone on stdout
+  client list           print the clients and what each can do
+  client remove NAME    remove a client; its token stops working within a second
+  migrate               rebuild what schema.sql has changed; if old messages break a new rule, say which
+  backup PATH           write a consistent copy of the database, while the service runs
+
+A flag overrides the environment variable named beside it.
+Exit status: 0 done, 1 not done (the line on stderr says why), 2 wrong usage or configuration."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2007,104 +2333,80 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; its --help is the reference."""
-    settings = argparse.ArgumentParser(add_help=False)
-    for flag, metavar, text in (
-        ("--listen", "HOST:PORT", "or unix:PATH; INLET_LISTEN, 127.0.0.1:8080"),
-        ("--database", "PATH", "the SQLite file; INLET_DATABASE, inlet.db"),
-        ("--schema", "PATH", "the streams; INLET_SCHEMA, schema.sql beside service.py"),
-        ("--threads", "N", "threads that read (two more write); INLET_THREADS, 8"),
-        ("--max-body", "BYTES", "largest body, compressed or not; INLET_MAX_BODY, 1048576"),
-        ("--prefix", "PATH", "the path that a proxy has it under, such as /ingest; INLET_PREFIX, none"),
-    ):
-        settings.add_argument(flag, metavar=metavar, help=text, default=argparse.SUPPRESS)
-    top = OneLineParser(
-        prog="service.py",
-        description="Takes in JSON messages over HTTP and files each one as a row in SQLite. "
-        "Without a command it serves. A flag counts more than the environment variable named beside it.",
-        epilog="Exit status: 0 done, 1 not done (the line on stderr says why), 2 cannot be done like this.",
-        parents=[settings],
-    )
+    """Return the command line; its --help is the reference."""
+    about = "Takes in JSON messages over HTTP and files each one as a row in SQLite."
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    top = OneLineParser("service.py", description=about, epilog=COMMANDS, formatter_class=as_it_stands)
+    top.add_argument("command", nargs="*", metavar="COMMAND", help="what to do, see below; to serve if left out")
+    for each in fields(Settings):
+        default = each.default.name if each.name == "schema" else each.default
+        text = f"{each.metadata['takes']}; INLET_{each.name.upper()}, {default or 'none'}"
+        top.add_argument(each.metadata["flag"], metavar="VALUE", help=text)
+    grants = "what client add grants: write, read, write:STREAM, read:STREAM; write read if left out"
+    top.add_argument("--can", nargs="+", metavar="GRANT", default=["write", "read"], help=grants)
+    top.add_argument("--replace", action="store_true", help="let backup replace a file")
     top.add_argument("--version", action="version", version=f"Inlet {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=OneLineParser)
-
-    def command(within: Any, name: str, text: str) -> argparse.ArgumentParser:
-        return within.add_parser(name, help=text, description=text, parents=[settings])
-
-    client = command(commands, "client", "keep the clients: who may come in")
-    actions = client.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=OneLineParser)
-    add = command(actions, "add", "add a client and print its token, once, alone on stdout")
-    add.add_argument("name", metavar="NAME")
-    add.add_argument(
-        "--can",
-        nargs="+",
-        metavar="GRANT",
-        default=["write", "read"],
-        help="write, read, write:STREAM or read:STREAM; default: write read",
-    )
-    command(actions, "list", "print the clients and what they can do")
-    command(actions, "remove", "remove a client; its token stops working within seconds").add_argument(
-        "name", metavar="NAME"
-    )
-    command(
-        commands,
-        "migrate",
-        "rebuild what schema.sql has changed; if old messages break a new rule, say which, and change nothing",
-    )
-    command(commands, "backup", "write a consistent copy of the database, online").add_argument(
-        "path", metavar="PATH", type=Path
-    )
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit status."""
-    options = vars(parser().parse_args(arguments))
+    """Run the command line and return the exit status."""
+    options = parser().parse_intermixed_args(arguments)
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
-    flags = {name: options[name] for name in Settings.__dataclass_fields__ if name in options}
     try:
-        settings = settings_from(settings_in_environment() | flags)
-        run = {None: serve, "client": keep_clients, "migrate": run_migrate, "backup": run_backup}
-        return run[options["command"]](settings, options)
+        settings = settings_from(vars(options))
+        match options.command:
+            case []:
+                serve(settings)
+            case ["client", *words]:
+                keep_clients(settings.database, words, options.can)
+            case ["migrate"]:
+                for change in migrate(settings.database, read_schema(settings.schema)) or [
+                    "no table had changed; the INSERTs in the file were run"
+                ]:
+                    print(change)
+            case ["backup", path]:
+                backup(settings.database, Path(path), options.replace)
+            case words:
+                raise SetupError(f"there is no command {' '.join(words)!r}, or it takes other words: --help shows them")
+        return 0
     except SetupError as error:
         print(f"inlet: {error}", file=sys.stderr)
         return 2
     except BrokenRules as error:
-        print(f"inlet: nothing was changed, because old messages break new rules:\n{error}", file=sys.stderr)
-        return 1
+        print(
+            f"inlet: nothing was changed, because old messages break new rules (change them or the rules):\n{error}",
+            file=sys.stderr,
+        )
     except (sqlite3.Error, OSError) as error:
         print(f"inlet: {settings.database}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return 1
 
 
-def serve(settings: Settings, options: dict[str, Any]) -> int:
-    store = open_store(settings)
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads: run() waits for them
+    token, posts = secrets.token_urlsafe(32), WaitingPosts()
+    store = Store(settings.database, read_schema(settings.schema), while_waiting=posts.while_waiting)
+    is_new = store.open(token)
+    clients = Clients(store)
     try:
-        server = Server(create_app(store, settings.max_body), store, settings)
+        server = Server(create_app(store, clients, settings.max_body), settings, posts, clients.authenticate)
     except (OSError, ValueError) as error:
         raise SetupError(f"cannot listen on {settings.listen}: {error}") from None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    print(f"Inlet {__version__} is listening on {server.url or settings.listen}", flush=True)
-    if not store.clients():
-        print(first_client(store, settings, server.url), flush=True)
+    host, _, port = settings.listen.rpartition(":")
+    url = settings.listen if host == "unix" else f"http://{host}:{server.port}"
+    print(f"Inlet {__version__} is listening on {url}", flush=True)
+    if is_new:
+        to = f"--unix-socket {port} http://localhost" if host == "unix" else url
+        print(
+            FIRST_STEPS.format(token=token, to=f"{to}{settings.prefix}/{next(iter(store.schema.streams))}"), flush=True
+        )
     server.run()
-    for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not end the interpreter while it ends
-        signal.signal(number, signal.SIG_IGN)
     store.close()
-    return 0
 
 
-def first_client(store: Store, settings: Settings, url: str) -> str:
-    """Makes the client `default`; returns a text with its token and a command that sends a message."""
-    token = new_token()
-    store.add_client("default", digest_of(token), "write read")
-    stream = next(iter(store.schema.streams))
-    socket = f"--unix-socket {settings.listen.removeprefix('unix:')} "
-    to = f"{'' if url else socket}{url or 'http://localhost'}{settings.prefix}/{stream}"
-    return f"""
+FIRST_STEPS = """
 This is the first start: the client "default" was made, and may write and read. Its token, shown only now:
 
 {token}
@@ -2115,51 +2417,39 @@ curl -i {to} -H "Authorization: Bearer {token}" -H "Content-Type: application/js
 """
 
 
-def keep_clients(settings: Settings, options: dict[str, Any]) -> int:
-    store = open_store(settings)
-    with contextlib.closing(store):
-        if options["action"] == "list":
-            for name, _, can in store.clients():
-                print(f"{name}\t{can}")
-            return 0
-        name = options["name"]
-        if options["action"] == "remove":
-            if not store.remove_client(name):
-                raise SetupError(f"there is no client {name}")
-            return 0
-        if not re.fullmatch(r"\w[\w.@-]{0,63}", name):
-            raise SetupError("NAME takes up to 64 letters, digits, '.', '_', '-' and '@'")
-        for grant in options["can"]:
-            action, _, stream = grant.partition(":")
-            if action not in ("write", "read") or (":" in grant and stream not in store.schema.streams):
-                raise SetupError(f"{grant} is no grant: they are write, read, write:STREAM and read:STREAM")
-        token = new_token()
-        if not store.add_client(name, digest_of(token), " ".join(options["can"])):
-            raise SetupError(f"there is a client {name} already; remove it first")
-        print(token)
-        return 0
+def keep_clients(database: Path, words: list[str], can: list[str]) -> None:
+    """List the clients, or add or remove one, whatever schema.sql looks like; SetupError if that makes no sense."""
+    with alone(database) as db:
+        db.execute(CLIENTS_TABLE)
+        match words:
+            case ["list"]:
+                for name, grants in db.execute("SELECT c.name, c.can FROM clients AS c ORDER BY c.name"):
+                    print(f"{name}\t{grants}")
+            case ["add", name]:
+                print(add_client(db, name, can))
+            case ["remove", name]:
+                if not db.execute("DELETE FROM clients WHERE name = ?", (name,)).rowcount:
+                    raise SetupError(f"there is no client {name}")
+            case _:
+                raise SetupError("client takes add NAME [--can GRANT …], list, or remove NAME, with --can at the end")
 
 
-def run_migrate(settings: Settings, options: dict[str, Any]) -> int:
-    schema = read_schema(settings.schema)
-    if not settings.database.exists():
-        raise SetupError(f"there is no database {settings.database}")
-    for change in migrate(settings.database, schema, show_progress) or ["no table had changed"]:
-        print(change)
-    return 0
-
-
-def run_backup(settings: Settings, options: dict[str, Any]) -> int:
-    if not settings.database.exists():
-        raise SetupError(f"there is no database {settings.database}")
-    backup(settings.database, options["path"], show_progress)
-    return 0
-
-
-def show_progress(what: str, done: int, total: int) -> None:
-    """A line that counts, on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r{what}: {done:,} of {total:,}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def add_client(db: sqlite3.Connection, name: str, can: list[str]) -> str:
+    """Make a client and return its token; SetupError if the name is taken or a grant makes no sense."""
+    if not re.fullmatch(r"\w[\w.@-]{0,63}", name):
+        raise SetupError("NAME takes up to 64 letters, digits, '.', '_', '-' and '@'")
+    tables = [made.name for made in schema_objects(db).values() if made.kind == "table"]
+    streams = [table for table in tables if columns_of(db, table).keys() >= MESSAGE_COLUMNS.keys()]
+    for grant in can:
+        action, colon, stream = grant.partition(":")
+        if action not in ("write", "read"):
+            raise SetupError(f"{grant} is no grant: they are write, read, write:STREAM and read:STREAM")
+        if colon and stream not in streams:
+            raise SetupError(f"there is no stream {stream}: there are {', '.join(streams)}")
+    token = secrets.token_urlsafe(32)
+    if not db.execute(ADD_CLIENT, (name, digest_of(token), " ".join(can))).rowcount:
+        raise SetupError(f"there is a client {name} already; remove it first")
+    return token
 
 
 if __name__ == "__main__":

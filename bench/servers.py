@@ -97,15 +97,18 @@ class Peer:
                         process.wait()
 
     def prepare(self, database):
-        """Makes the database if it is not there. Inlet's comes from its own command line, with a token in a file."""
+        """Makes the database if it is not there. Inlet's comes from its own first start, which prints a token."""
         token = database.with_suffix(".token")
         if not database.exists() and not self.inlet:
             with contextlib.closing(sqlite3.connect(database)) as db:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.executescript(TABLE)
         elif not database.exists():
-            command = [PYTHON, f"{self.root}/service.py", "client", "add", "bench", "--database", str(database)]
-            token.write_text(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            command = [PYTHON, f"{self.root}/service.py", "--listen", BIND, "--database", str(database)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first_start:
+                curl = next(line for line in first_start.stdout if line.startswith("curl "))
+                first_start.terminate()
+            token.write_text(curl.partition("Bearer ")[2].partition('"')[0])
         if self.inlet:
             self.headers["Authorization"] = f"Bearer {token.read_text().strip()}"
 

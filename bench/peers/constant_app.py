@@ -54,8 +54,11 @@ def serve_with_inlet(app):
     if hasattr(service, "WaitingPosts"):
         parts |= {"posts": service.WaitingPosts(), "authenticate": lambda authorization: None}
     wanted = inspect.signature(service.Server).parameters
+    if hasattr(service, "STOP_SIGNALS"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, service.STOP_SIGNALS)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server = service.Server(**{name: part for name, part in parts.items() if name in wanted})
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.run()
 
 
