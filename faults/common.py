@@ -1,6 +1,7 @@
 """What the faults have in common: servers to hurt, and an outside client that writes down every answer."""
 
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -11,14 +12,15 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
 import service
-from test_service import CLIENTS, DEADLINE_S, TOKEN, Process, stream_sql
+from test_service import DEADLINE_S, TOKEN, Process, add_tester, send, stream_sql
 
-SCHEMA = CLIENTS + stream_sql(
-    "messages", ", bad INTEGER AS (body ->> 'bad') CONSTRAINT \"it is bad\" CHECK (bad IS NULL)"
-)
+SCHEMA = stream_sql("messages", ", bad INTEGER AS (body ->> 'bad') CONSTRAINT \"it is bad\" CHECK (bad IS NULL)")
 
 
 def seed() -> random.Random:
@@ -33,21 +35,70 @@ def scale(short: int, whole: int) -> int:
     return whole if os.environ.get("INLET_FULL") else short
 
 
-def database(folder: Path) -> Path:
+def database(folder: Path, schema: str = SCHEMA) -> Path:
     """A database with one client, and its schema.sql beside it."""
-    (folder / "schema.sql").write_text(SCHEMA)
-    store = service.Store(folder / "inlet.db", service.read_schema(folder / "schema.sql"))
+    path = folder / "inlet.db"
+    (folder / "schema.sql").write_text(schema)
+    store = service.Store(path, service.read_schema(folder / "schema.sql"))
     store.open()
-    store.add_client("tester", service.digest_of(TOKEN), "write read")
     store.close()
-    return store.path
+    add_tester(path)
+    return path
+
+
+def press(address: str, seconds: float, connections: int = 8) -> int:
+    """Send messages as fast as it goes, on several connections; how many were taken."""
+    until = time.monotonic() + seconds
+
+    def client() -> int:
+        taken = 0
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=DEADLINE_S)) as connection:
+            while time.monotonic() < until:
+                status, _, data = send(connection, "POST", "/messages", "1")
+                assert status == 201, data
+                taken += 1
+        return taken
+
+    return sum(at_once(*[client] * connections))
+
+
+@contextlib.contextmanager
+def held(path: Path):
+    """Hold the lock that the processes share who write to a database."""
+    with open(f"{path}-lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def wait_until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S) -> None:
+    """Wait for a condition; what says in the failure what did not come about."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def at_once(*work: Callable[[], Any]) -> list:
+    """What each call returns, when each runs in a thread of its own."""
+    with ThreadPoolExecutor(len(work)) as pool:
+        return [running.result() for running in [pool.submit(each) for each in work]]
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and the seconds that it took."""
+    started = time.monotonic()
+    result = work()
+    return result, time.monotonic() - started
 
 
 class Server(Process):
     """A server to hurt; wrapper is a command in front of it, such as strace."""
 
+    started: ClassVar[list["Server"]] = []  # those that run; conftest.py ends what a failed test has left
+
     def __init__(self, folder: Path, *arguments: str, wrapper: tuple[str, ...] = (), **environ: str):
         self.wrapper = wrapper
+        self.started.append(self)
         super().__init__(folder, "--schema", str(folder / "schema.sql"), *arguments, environ=environ)
 
     def start(self):
@@ -62,9 +113,59 @@ class Server(Process):
     def pid(self) -> int:
         """The process of the server itself, also under a wrapper."""
         pid = self.process.pid
-        if self.wrapper:
-            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-        return pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(children[0]) if children else pid  # some wrappers become the server themselves
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    def open_files(self) -> list[str]:
+        """What its file descriptors refer to."""
+        found = []
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                found.append(os.readlink(link))
+        return found
+
+    def status(self, name: str) -> int:
+        """A number out of /proc/PID/status, such as Threads, VmRSS and VmHWM (in kB)."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+    @contextlib.contextmanager
+    def growing_at_most(self, megabytes: int):
+        """The block fails if the memory of the server grows by more, be it only for a moment."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")  # VmHWM, the peak, starts anew
+        before = self.status("VmRSS")
+        yield
+        grown = (self.status("VmHWM") - before) / 1000
+        print(f"grew by {grown:.0f} MB")
+        assert grown <= megabytes
+
+    def unread_bytes(self) -> int:
+        """How much has been sent to the server, and waits in the kernel."""
+        found = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, _, state, queues, *_ = line.split()
+            if int(local.rpartition(":")[2], 16) == self.port and state == "01":  # ESTABLISHED
+                found += int(queues.partition(":")[2], 16)
+        return found
+
+    def processor_time(self) -> int:
+        """What it has used of the processor so far, in ticks of 10 ms."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    def wait_until_idle(self) -> None:
+        """Wait until it has read all that was sent to it, and does nothing."""
+        quiet, used = 0, -1
+        deadline = time.monotonic() + DEADLINE_S
+        while quiet < 5:
+            assert time.monotonic() < deadline, "the server has not come to rest"
+            before, used = used, self.processor_time()
+            quiet = quiet + 1 if used - before <= 1 and not self.unread_bytes() else 0
+            time.sleep(0.1)
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)

@@ -10,18 +10,21 @@ import hashlib
 import http.client
 import json
 import random
+import secrets
 import socket
 import sqlite3
 import statistics
+import subprocess
 import threading
 import time
 
+import outside
 import pytest
 from common import Ledger, Server, database, scale, seed
 from deployed import nginx
 
 import service
-from test_service import DEADLINE_S, TOKEN, send, stream_sql
+from test_service import DEADLINE_S, TOKEN, add_tester, run, send, stream_sql
 
 
 @pytest.fixture
@@ -122,10 +125,10 @@ def framings():
     yield "two lengths", head + b"Content-Length: " + length + b"\r\nContent-Length: 3\r\n\r\n" + BODY, 0
     yield "same length twice", head + (b"Content-Length: " + length + b"\r\n") * 2 + b"\r\n" + BODY, 1
     yield "list of lengths", head + b"Content-Length: 3, 3\r\n\r\n" + BODY, 0
-    for bad in (b"-1", b"+19", b"0x13", b"19 ", b"1 9", b"", b"9" * 400, b"1e3", b"\xb9"):
+    for bad in (b"-1", b"+19", b"0x13", b"19 ", b"1 9", b"", b"9" * 400, b"9" * 5000, b"1e3", b"\xb9"):
         yield f"length {bad[:20]!r}", head + b"Content-Length: " + bad + b"\r\n\r\n" + BODY, 1
     for te in (b"chunked, chunked", b"identity", b"gzip, chunked", b"chunked, gzip", b"xchunked", b"\x0bchunked", b"chunked\x00",
-               b"Chunked", b" chunked", b"chunked;q=1", b"'chunked'"):  # fmt: skip
+               b"Chunked", b" chunked", b"chunked;q=1", b"'chunked'", b",", b"chunked,", b""):  # fmt: skip
         yield f"TE {te!r}", head + b"Transfer-Encoding: " + te + b"\r\n\r\n" + chunk, 1
     yield "TE twice", head + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n" + chunk, 1
     yield "TE with a space", head + b"Transfer-Encoding : chunked\r\n\r\n" + chunk, 1
@@ -178,7 +181,7 @@ def framings():
     ):  # fmt: skip
         yield name, head + line + b"\r\nContent-Length: " + length + b"\r\n\r\n" + BODY, 1
     for target in (b"http://elsewhere/messages", b"*", b"//messages", b"/messages/../messages", b"/%6dessages", b"/messages%00", b"/messages;x",
-                   b"/messages#x", b"http://[::1", b"http://", b"/%", b"/%zz", b"/\xff", b"messages", b"/messages?%", b"/" + b"a" * 9000,
+                   b"/messages#x", b"http://[::1", b"http://[::1/messages", b"http://", b"/%", b"/%zz", b"/\xff", b"messages", b"/messages?%", b"/" + b"a" * 9000,
                    b"/messages http://x"):  # fmt: skip
         start = b"POST " + target + b" HTTP/1.1\r\n" + head.partition(b"\r\n")[2]
         yield f"target {target[:30]!r}", start + b"Content-Length: " + length + b"\r\n\r\n" + BODY, 1
@@ -192,6 +195,11 @@ def framings():
         "100-continue, then another",
         head + b"Expect: 100-continue\r\nContent-Length: " + length + b"\r\n\r\n" + BODY + SECOND,
         2,
+    )
+    yield (
+        "100-continue and an obs-fold",
+        head + b"X: a\r\n b\r\nExpect: 100-continue\r\nContent-Length: " + length + b"\r\n\r\n",
+        0,
     )
     yield "expectation unknown", head + b"Expect: a miracle\r\nContent-Length: " + length + b"\r\n\r\n" + BODY, 1
 
@@ -242,18 +250,20 @@ def test_malformed_framing_never_makes_two_rows_of_one_request(server, entrance)
     print(f"{tried} malformed requests")
 
 
+CONFLICTING = {
+    "CL and TE", "TE and CL, smuggling", "CL 0 and TE", "two lengths", "list of lengths", "TE b','", "TE b'chunked,'", "TE b''", "TE twice",
+    "TE with a space", "chunk size b'-1'", "chunk size b'+13'", "chunk size b'0x13'", "chunk size b'1 3'", "chunk size b'g'", "chunk size b''",
+    "chunk size b'fffffffffffffffff'", "chunk size b'13\\x00'", "chunk, bare LF", "'HTTP/1.0' chunked", "b'HTTP/1.0' chunked", "obs-fold", "fold first",
+    "no colon", "no name", "space in a name", "NUL in a header", "NUL in a name", "bare CR in a header", "no host", "two hosts",
+    "target b'http://[::1/messages'", "100-continue and an obs-fold",
+}  # fmt: skip
+
+
 def test_conflicting_framing_is_refused_directly(server):
     """A proxy in front may see it otherwise; RFC 9112, 6.1 and 6.3."""
     address = tuple(server.address.split(":"))
     for name, data, _ in framings():
-        if name in (
-            "CL and TE",
-            "TE and CL, smuggling",
-            "CL 0 and TE",
-            "two lengths",
-            "'HTTP/1.0' chunked",
-            "obs-fold",
-        ):
+        if name in CONFLICTING:
             with socket.create_connection(address, 5) as sock:
                 sock.sendall(data)
                 answer = http.client.HTTPResponse(sock)
@@ -262,7 +272,7 @@ def test_conflicting_framing_is_refused_directly(server):
                 assert answer.headers["Content-Type"] == "application/problem+json"
                 answer.read()
                 assert sock.recv(100) == b"", f"{name}: the connection stayed open"
-    assert count(server) == 0
+            assert count(server) == 0, name
 
 
 # Sizes
@@ -279,6 +289,39 @@ def test_gzip_bombs_cost_little(server, entrance):
     with open(f"/proc/{server.pid}/status") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     assert peak < 120_000, f"{peak} kB"
+
+
+@pytest.mark.parametrize("size", [3_000_000, 15_000_000])
+def test_other_peoples_clients_read_why_a_body_is_too_large(size, server, entrance, tmp_path):
+    """The body is sent before they look at the answer, and a connection that is reset takes the answer with it."""
+    (tmp_path / "large").write_bytes(b"1" * size)
+    host, port = entrance
+    url, expected = f"http://{host}:{port}/messages", {"title", "status", "detail"}
+    for name, command in outside.commands(tmp_path).items():
+        done = subprocess.run(
+            [*command, url, tmp_path / "large", f"Bearer {TOKEN}"], capture_output=True, timeout=6 * DEADLINE_S
+        )
+        status, _, body = done.stdout.partition(b"\n")
+        assert (name, status, done.returncode) == (name, b"413", 0), done.stderr
+        assert expected <= json.loads(body).keys(), name
+    assert send(http.client.HTTPConnection(*entrance, timeout=5), "POST", "/messages", "1")[0] == 201
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 1000000000000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("token", [TOKEN, "a-guess"])
+def test_a_body_without_an_end_is_cut_off(framing, token, server):
+    """What is read of a body that is refused has a bound."""
+    head = HEAD.replace(TOKEN, token) + framing + "\r\n\r\n"
+    sent, piece = 0, b"%x\r\n%b\r\n" % (100_000, b"1" * 100_000)
+    with server.growing_at_most(20), socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(head.encode())
+            while sent < 200_000_000:
+                sock.sendall(piece)
+                sent += len(piece)
+        print(f"cut off after {sent / 1e6:.0f} MB")
+    assert sent < 100_000_000
+    assert count(server) == 0
 
 
 def test_floods_of_headers_are_refused(server, entrance):
@@ -315,7 +358,7 @@ def test_no_guess_at_a_token_comes_in(server, entrance):
         "%",
         "\xff" * 40,
     ]
-    guesses += [service.new_token() for _ in range(200)]
+    guesses += [secrets.token_urlsafe(32) for _ in range(200)]
     guesses += ["".join(chr(chosen.randint(33, 255)) for _ in range(chosen.randint(1, 200))) for _ in range(200)]
     headers = [f"Bearer {guess}" for guess in guesses] + [guess for guess in guesses if guess.strip()]
     headers += ["Basic " + base64.b64encode(f"tester:{guess}".encode()).decode() for guess in guesses]
@@ -349,34 +392,29 @@ def test_no_guess_at_a_token_comes_in(server, entrance):
 def test_another_streams_grant_and_a_revoked_token_open_nothing(tmp_path):
     path = database(tmp_path)
     (tmp_path / "schema.sql").write_text((tmp_path / "schema.sql").read_text() + stream_sql("secrets"))
-    from test_service import run
-
     assert run(tmp_path, "migrate").returncode == 0
     server = Server(tmp_path)
-    store = service.Store(path, service.read_schema(tmp_path / "schema.sql"))
-    store.open()
-    store.add_client("narrow", service.digest_of("narrow"), "write:messages read:messages")
+    add_tester(path, "narrow", "narrow", "write:messages read:messages")
     time.sleep(1.2)
     for route in ("/secrets", "/secrets/1", "/secrets?after=0"):
         assert send(server.connect(), "GET", route, Authorization="Bearer narrow")[0] == 403
     assert send(server.connect(), "POST", "/secrets", "1", Authorization="Bearer narrow")[0] == 403
     assert send(server.connect(), "POST", "/messages", "1", Authorization="Bearer narrow")[0] == 201
     assert b"secrets" not in send(server.connect(), "GET", "/", Authorization="Bearer narrow")[2]
-    store.remove_client("narrow")
+    assert run(tmp_path, "client", "remove", "narrow").returncode == 0
     time.sleep(1.2)
     for method, route in (("GET", "/"), ("GET", "/messages"), ("POST", "/messages")):
         assert send(server.connect(), method, route, "1", Authorization="Bearer narrow")[0] == 401
-    store.close()
     assert server.end() == 0
 
 
 def test_the_time_of_a_refusal_says_nothing_about_the_token(tmp_path):
     """Tokens that share none, half or nearly all of the right one take equally long to refuse."""
     path = database(tmp_path)
-    right = service.new_token()
+    right = secrets.token_urlsafe(32)
     store = service.Store(path, service.read_schema(tmp_path / "schema.sql"))
     store.open()
-    store.add_client("x", service.digest_of(right), "write")
+    add_tester(path, "x", right, "write")
     clients = service.Clients(store)
     clients.authenticate(f"Bearer {right}")
     guesses = {"none": "~" * len(right), "half": right[:21] + "~" * (len(right) - 21), "nearly all": right[:-1] + "~"}

@@ -13,8 +13,9 @@ import threading
 import time
 from pathlib import Path
 
-import service
-from test_service import CLIENTS, TOKEN, Process, send, stream_sql
+from common import database
+
+from test_service import Process, send, stream_sql
 
 KILLS = 20
 SENDERS = 6
@@ -48,11 +49,7 @@ def test_every_acknowledged_message_is_there_exactly_once(tmp_path):
     seed = int(os.environ.get("INLET_SEED", time.time_ns() % 10**9))
     print(f"seed {seed}")
     chosen = random.Random(seed)
-    (tmp_path / "schema.sql").write_text(CLIENTS + stream_sql("messages"))
-    store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"))
-    store.open()
-    store.add_client("tester", service.digest_of(TOKEN), "write read")
-    store.close()
+    database(tmp_path, stream_sql("messages"))
     process = Process(tmp_path, "--schema", str(tmp_path / "schema.sql"), "--max-body", "16000000")
 
     bodies = corpus()

@@ -63,6 +63,8 @@ def contract(address, path, prefix="", processes=1, log=None, keep_alive=True):
     assert ask("GET", route)[2].endswith(b'"body": ' + large + b"}")
     status, headers, data = ask("POST", "/messages", large + b" ")
     assert (status, json.loads(data)["limit"]) == (413, len(large))
+    status, headers, data = ask("POST", "/messages", large * 5)
+    assert (status, headers["Content-Type"], json.loads(data)["status"]) == (413, "application/problem+json", 413)
 
     answers, errors = [], []
 
@@ -101,10 +103,7 @@ def contract(address, path, prefix="", processes=1, log=None, keep_alive=True):
             connection.request("GET", f"{prefix}/healthz")
         assert {connection.getresponse().status for connection in many} == {200}
 
-    store = service.Store(path, service.read_schema(path.with_name("schema.sql")))
-    store.open()
-    store.remove_client("tester")
-    store.close()
+    assert run(path.parent, "client", "remove", "tester").returncode == 0
     time.sleep(1.5)
     assert {ask("GET", "/messages")[0] for _ in range(40)} == {401}
     if log:

@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from common import Ledger, Server, database, failing, scale, seed
+from common import Ledger, Server, at_once, database, failing, scale, seed, timed
 
 from test_service import send
 
@@ -17,11 +17,17 @@ from test_service import send
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])
 def test_the_nth_call_fails_and_then_every_one_for_a_while(call, error, tmp_path):
-    """N goes through the first calls of each thread; each time the server goes on by itself, and then restarts."""
+    """N goes through the first calls of each thread; each time the server goes on by itself, and then restarts.
+
+    Every other server has not opened its database for reading before, nor written to it.
+    """
     path = database(tmp_path)
     ledger = Ledger(lambda: server.connect(), chosen=seed())
-    for n in range(1, scale(9, 40)):
+    for number in range(2, scale(14, 80)):
+        n, fresh = divmod(number, 2)
         server = Server(tmp_path)
+        if not fresh:
+            ledger.must_answer()
         with failing(server, f"{call}:error={error}:when={n}..{n + n % 3}"):
             for _ in range(12):
                 ledger.send()
@@ -67,6 +73,36 @@ def test_a_disk_that_takes_two_seconds_to_sync_delays_writers_only(tmp_path):
             time.sleep(0.2)
     assert ledger.statuses[201] > 40
     ledger.must_answer()
+    assert server.end() == 0
+    ledger.check(path)
+
+
+def test_a_commit_that_hangs_stops_no_read(tmp_path):
+    """Every third sync of a thread takes 2 s: whichever thread is in it, another one serves the others at once."""
+    path = database(tmp_path)
+    server = Server(tmp_path)
+    ledger = Ledger(lambda: server.connect(), chosen=seed())
+    ledger.must_answer()
+    until, writes, reads = time.monotonic() + 12, [], []
+
+    def write():
+        with contextlib.closing(server.connect()) as connection:
+            while time.monotonic() < until:
+                writes.append(timed(lambda: ledger.send(connection))[1])
+
+    def read():
+        with contextlib.closing(server.connect()) as connection:
+            while time.monotonic() < until:
+                (status, _, _), seconds = timed(lambda: send(connection, "GET", "/messages?limit=1"))
+                assert status == 200
+                reads.append(seconds)
+
+    with failing(server, "fdatasync:delay_enter=2000000:when=3+3"):
+        at_once(write, write, read)
+    hung = sum(seconds > 1.9 for seconds in writes)
+    print(f"{hung} of {len(writes)} writes hung, {len(reads)} reads took at most {max(reads):.3f} s")
+    assert hung >= 4
+    assert max(reads) < 0.5
     assert server.end() == 0
     ledger.check(path)
 

@@ -7,20 +7,19 @@ import subprocess
 import sys
 import time
 
-import service
-from test_service import CLIENTS, HERE, MESSAGE_COLUMNS, Process, send
+from common import database
+
+from test_service import HERE, MESSAGE_COLUMNS, Process, send
 
 MESSAGES = 1_000_000
 INDEX = "CREATE UNIQUE INDEX readings_key ON readings (client, key) WHERE key IS NOT NULL;\n"
 OLD = (
-    CLIENTS
-    + f"CREATE TABLE readings ({MESSAGE_COLUMNS}, sensor TEXT AS (body ->> 'sensor'),"
+    f"CREATE TABLE readings ({MESSAGE_COLUMNS}, sensor TEXT AS (body ->> 'sensor'),"
     + " n INTEGER AS (body ->> 'n')) STRICT;\n"
     + INDEX
 )
 NEW = (
-    CLIENTS
-    + f"""CREATE TABLE readings ({MESSAGE_COLUMNS}, sensor TEXT AS (body ->> 'sensor'), value REAL AS (body ->> 'value')
+    f"""CREATE TABLE readings ({MESSAGE_COLUMNS}, sensor TEXT AS (body ->> 'sensor'), value REAL AS (body ->> 'value')
         CONSTRAINT "value must be positive" CHECK (value > 0)) STRICT;\n"""
     + INDEX
     + "CREATE INDEX readings_value ON readings (value);\n"
@@ -36,13 +35,8 @@ def fingerprint(db, columns="id, received_at, client, key, body"):
 
 
 def test_a_million_messages_come_through_a_migration_and_a_killed_one_changes_nothing(tmp_path):
-    old, new, path = tmp_path / "old.sql", tmp_path / "schema.sql", tmp_path / "inlet.db"
-    old.write_text(OLD)
+    path, old, new = database(tmp_path, OLD), tmp_path / "schema.sql", tmp_path / "new.sql"
     new.write_text(NEW)
-    store = service.Store(path, service.read_schema(old))
-    store.open()
-    store.add_client("tester", service.digest_of("a-token-for-tests"), "write read")
-    store.close()
     db = sqlite3.connect(path, isolation_level=None)
     db.execute(
         f"WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {MESSAGES})"

@@ -1,19 +1,23 @@
 """Other processes, other hands on the files, and another clock."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from common import SCHEMA, Ledger, Server, database, failing, seed
+from common import SCHEMA, Ledger, Server, at_once, database, failing, held, press, seed, strace, wait_until
 
 import service
-from test_service import HERE, TOKEN, run, send
+from test_service import DEADLINE_S, HERE, TOKEN, run, send, stream_sql
 
 
 def test_a_process_that_holds_the_lock_of_sqlite_for_long(tmp_path):
@@ -131,7 +135,7 @@ def test_a_database_that_is_replaced_by_its_backup_under_the_running_service(tmp
     before, between, after = (Ledger(lambda: server.connect(), chosen=seed()) for _ in range(3))
     with before.sending(4):
         time.sleep(0.5)
-    service.backup(path, tmp_path / "copy", lambda *_: None)
+    service.backup(path, tmp_path / "copy")
     with between.sending(4):
         time.sleep(0.5)
     os.rename(path, tmp_path / "original")
@@ -229,8 +233,6 @@ for child in range(4):
 assert all(post(1000 + n) == 201 for n in range(50))
 sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
 """
-    import sys
-
     environ = os.environ | {
         "INLET_DATABASE": str(path),
         "INLET_SCHEMA": str(tmp_path / "schema.sql"),
@@ -241,3 +243,125 @@ sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in childre
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert db.execute("SELECT count(*), count(DISTINCT id) FROM messages").fetchone() == (251, 251)
+
+
+def test_forks_of_a_busy_process_neither_hang_nor_fail(tmp_path):
+    """25 children of a process whose threads write and read all the time; each writes, reads and ends."""
+    path = database(tmp_path)
+    environ = os.environ | {"INLET_DATABASE": str(path), "INLET_SCHEMA": str(tmp_path / "schema.sql")}
+    environ["PYTHONPATH"] = str(HERE)
+    command = [sys.executable, HERE / "faults" / "forking.py", "25", TOKEN]
+    with open(tmp_path / "forking-log", "w+") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = process.wait(90)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and children that hang
+        log.seek(0)
+        assert (status, printed := log.read()) == (0, "25 children worked\n"), printed[-5000:]
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def siblings(tmp_path, number, **more):
+    """The path of a database, and servers that share it."""
+    path, servers = database(tmp_path), []
+    for n in range(number):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "schema.sql").write_text(SCHEMA)
+        servers.append(Server(folder, "--database", str(path), **more))
+    return path, servers
+
+
+@pytest.mark.parametrize("disk", ["quick", "slow"])
+def test_none_of_four_processes_starves_under_full_load(disk, tmp_path):
+    """On a slow disk, the one that has just written is always the first to try again."""
+    wrapper = () if disk == "quick" else strace("fdatasync:delay_exit=30000")
+    path, servers = siblings(tmp_path, 4, wrapper=wrapper)
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        pressing = [pool.submit(press, server.address, 6) for server in servers]
+        taken = [each.result() for each in pressing]
+    print(taken)
+    assert min(taken) > sum(taken) / 4 / 3
+    for server in servers:
+        assert server.end() == 0
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*), count(DISTINCT id) FROM messages").fetchone() == (sum(taken),) * 2
+
+
+def test_a_lock_that_is_held_elsewhere_leaves_no_threads_and_no_descriptors(tmp_path):
+    """While it is still held, after 40 requests have waited for it in vain, one after the other."""
+    path = database(tmp_path)
+    server = Server(tmp_path)
+    ledger = Ledger(server.connect)
+    ledger.must_answer()
+    threads, files = server.status("Threads"), sorted(server.open_files())
+
+    def late(n):
+        time.sleep(0.1 * n)
+        return ledger.post(b"1")[0]
+
+    with held(path):
+        assert set(at_once(*[lambda n=n: late(n) for n in range(40)])) == {503}
+        wait_until(lambda: len(server.open_files()) <= len(files), f"descriptors stay, in place of {files}")
+        assert server.status("Threads") == threads
+    ledger.must_answer(2)
+    assert server.end() == 0
+
+
+def test_a_symbolic_link_and_the_database_behind_it_are_one(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.mkdir()
+    path = database(real)
+    (link / "inlet.db").symlink_to("../real/inlet.db")
+    (link / "schema.sql").write_text(SCHEMA)
+    servers = [Server(real), Server(link)]
+    ledger = Ledger(lambda: chosen.choice(servers).connect(), chosen=(chosen := seed()))
+    with ledger.sending(4):
+        wait_until(lambda: len(ledger.acknowledged) > 200, f"{ledger.statuses}")
+    assert set(ledger.statuses) <= {201, 422}
+    for server in servers:
+        assert send(server.connect(), "GET", "/healthz")[0] == 200
+        assert send(server.connect(), "GET", "/messages?limit=1")[0] == 200
+    with held(path):
+        connections = [server.connect() for server in servers]
+        for connection in connections:
+            connection.request(
+                "POST", "/messages", "1", {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+            )
+        for connection in connections:
+            connection.sock.settimeout(0.5)
+            with pytest.raises(TimeoutError):  # both wait for the same lock
+                connection.sock.recv(1, socket.MSG_PEEK)
+            connection.sock.settimeout(DEADLINE_S)
+    for connection in connections:
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()[:6]) == (201, b'{"id":'), answer.status
+    assert {entry.name for entry in link.iterdir()} == {"inlet.db", "schema.sql", "log"}
+    for server in servers:
+        assert server.end() == 0
+
+
+def test_a_stream_that_was_dropped_costs_only_the_messages_for_it(tmp_path):
+    """One POST to it and 40 others share a COMMIT, in a process that was there before the migration."""
+    path = database(tmp_path, SCHEMA + stream_sql("dropped"))
+    server = Server(tmp_path)
+    ledger = Ledger(server.connect)
+    ledger.must_answer()
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    assert run(tmp_path, "migrate").returncode == 0
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    for n in (0, 20, 40):
+        connections = [server.connect() for _ in range(41)]
+        with held(path):  # until all of them have come
+            for each, connection in enumerate(connections):
+                connection.request("POST", "/dropped" if each == n else "/messages", "1", headers)
+            wait_until(lambda: not server.unread_bytes(), "the server does not read")
+        answers = [connection.getresponse() for connection in connections]
+        assert answers.pop(n).status == 503
+        assert [answer.status for answer in answers] == [201] * 40
+    ledger.must_answer(2)
+    assert server.end() == 0

@@ -1,0 +1,236 @@
+"""Many clients at once that do what costs most: the others wait for a moment at most, and memory has a bound."""
+
+import contextlib
+import gzip
+import http.client
+import json
+import socket
+import sqlite3
+import threading
+import time
+
+import pytest
+from common import Ledger, Server, at_once, database, timed, wait_until
+
+from test_service import DEADLINE_S, TOKEN, send, stream_sql
+
+POST = b"POST /messages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+AUTHORIZED = b"Authorization: Bearer %b\r\n" % TOKEN.encode()
+PROMPTLY_S = 1.0  # 20 ms on a machine that does nothing else
+
+
+@contextlib.contextmanager
+def serving(folder, *arguments, schema=None, **more):
+    """A server with a fresh database; it has to end well, and without a word of trouble."""
+    database(folder, *([schema] if schema else []))
+    server = Server(folder, *arguments, **more)
+    try:
+        Ledger(server.connect).must_answer()
+        yield server
+        assert server.end() == 0
+    finally:
+        server.kill()
+    log = (folder / "log").read_text()
+    assert "Traceback" not in log
+    assert len(log) < 100_000
+
+
+@contextlib.contextmanager
+def connections(server, number, receive_buffer=None):
+    """Sockets to a server. A small receive_buffer, in bytes, is soon full if the answer is not read."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(number):
+            sock = stack.enter_context(socket.socket())
+            if receive_buffer:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            sock.settimeout(DEADLINE_S)
+            sock.connect(("127.0.0.1", server.port))
+            found.append(sock)
+        yield found
+
+
+def answer_on(sock) -> tuple[int, bytes]:
+    """(status, body) of the answer that comes next."""
+    answer = http.client.HTTPResponse(sock)
+    answer.begin()
+    return answer.status, answer.read()
+
+
+def ask(server, method, path, body=None, **headers):
+    """One request on a connection of its own: (status, headers, body)."""
+    with contextlib.closing(server.connect()) as connection:
+        return send(connection, method, path, body, **headers)
+
+
+# Memory
+
+LARGE = 2_500_000  # bytes
+UNFINISHED = LARGE - 500_000
+FRAMED = {
+    "length": (b"Content-Length: %d\r\n\r\n" % LARGE, b""),
+    "chunked": (b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % LARGE, b"\r\n0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("framing", FRAMED)
+@pytest.mark.parametrize("token", [b"", b"Authorization: Bearer a-guess\r\n"])
+def test_bodies_of_strangers_are_not_kept(framing, token, tmp_path):
+    start, end = FRAMED[framing]
+    with (
+        serving(tmp_path, "--max-body", "4000000") as server,
+        connections(server, 60) as strangers,
+        server.growing_at_most(20),
+    ):
+        for sock in strangers:
+            sock.sendall(POST + token + start + b"1" * UNFINISHED)
+        server.wait_until_idle()
+        assert timed(lambda: ask(server, "POST", "/messages", "1"))[0][0] == 201
+        for sock in strangers:
+            sock.sendall(b"1" * (LARGE - UNFINISHED) + end)
+        assert {answer_on(sock)[0] for sock in strangers} == {401}
+
+
+@pytest.mark.parametrize("framing", FRAMED)
+def test_what_is_kept_of_unfinished_bodies_has_a_bound_in_all(framing, tmp_path):
+    start, end = FRAMED[framing]
+    with serving(tmp_path, "--max-body", "4000000") as server:
+        with connections(server, 80) as clients, server.growing_at_most(130):  # all of them sent 160 MB
+            for sock in clients:
+                sock.sendall(POST + AUTHORIZED + start + b"1" * UNFINISHED)
+            server.wait_until_idle()
+            (status, _, _), seconds = timed(lambda: ask(server, "POST", "/messages", "1"))
+            assert (status, seconds < PROMPTLY_S) == (201, True), seconds
+            for sock in clients:
+                sock.sendall(b"1" * (LARGE - UNFINISHED) + end)
+            statuses = [answer_on(sock)[0] for sock in clients]
+        assert set(statuses) == {201, 503}
+        assert statuses.count(201) >= 10
+        assert ask(server, "POST", "/messages", b"1" * LARGE)[0] == 201  # there is room again
+
+
+def test_clients_that_never_read_their_pages_cost_bounded_memory_and_no_files(tmp_path):
+    """150 of them, and 256 descriptors."""
+    with serving(tmp_path, wrapper=("prlimit", "--nofile=256:256")) as server:
+        for _ in range(9):
+            assert ask(server, "POST", "/messages", json.dumps("x" * 500_000))[0] == 201
+        with connections(server, 150, receive_buffer=4096) as clients, server.growing_at_most(200):
+            for sock in clients:
+                sock.sendall(b"GET /messages HTTP/1.1\r\nHost: x\r\n%b\r\n" % AUTHORIZED)
+            server.wait_until_idle()
+            for method, path, body in (
+                ("POST", "/messages", "1"),
+                ("GET", "/healthz", None),
+                ("GET", "/messages/1", None),
+            ):
+                (status, _, data), seconds = timed(lambda: ask(server, method, path, body))
+                assert status in (200, 201), (path, data)
+                assert seconds < PROMPTLY_S, (path, seconds)
+            assert not [
+                file
+                for file in server.open_files()
+                if file.endswith("(deleted)") or "/tmp/" in file.replace(str(tmp_path), "")
+            ]
+        assert ask(server, "GET", "/messages")[0] == 200
+
+
+def test_a_page_that_is_not_read_holds_no_thread(tmp_path):
+    """A message over 16 MiB, asked for twice on each of more connections than there are threads."""
+    with serving(tmp_path, "--max-body", "30000000", "--threads", "1") as server:
+        status, headers, _ = ask(server, "POST", "/messages", json.dumps("x" * 25_000_000))
+        assert status == 201
+        with connections(server, 2, receive_buffer=4096) as clients:
+            for path, sock in zip((headers["Location"], "/messages?limit=1000"), clients, strict=True):
+                sock.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n%b\r\n" % (path.encode(), AUTHORIZED) * 2)
+            server.wait_until_idle()
+            for path in ("/messages?limit=1", "/", "/healthz"):
+                (status, _, data), seconds = timed(lambda: ask(server, "GET", path))
+                assert (status, seconds < PROMPTLY_S) == (200, True), (path, seconds, data)
+
+
+# Time
+
+
+def test_refused_messages_keep_no_valid_one_waiting(tmp_path):
+    """About 1 KB of gzip, which unpacks to nearly 1 MiB: a string without an end."""
+    attack = gzip.compress(b'"' + b"x" * 1_040_000)
+    assert len(attack) < 1200
+    with serving(tmp_path) as server:
+
+        def valid():
+            with contextlib.closing(server.connect()) as connection:
+                found = [timed(lambda: send(connection, "POST", "/messages", "1")) for _ in range(20)]
+            assert {status for (status, _, _), _ in found} == {201}
+            return sorted(seconds for _, seconds in found)
+
+        stop, refused = threading.Event(), []
+
+        def attacker():
+            with contextlib.closing(server.connect()) as connection:
+                while not stop.is_set():
+                    refused.append(send(connection, "POST", "/messages", attack, Content_Encoding="gzip")[0])
+
+        alone = valid()
+        attackers = [threading.Thread(target=attacker) for _ in range(16)]
+        for thread in attackers:
+            thread.start()
+        try:
+            wait_until(lambda: len(refused) > 50, "nobody is refused")
+            beside = valid()
+            count = len(refused)
+        finally:
+            stop.set()
+            for thread in attackers:
+                thread.join()
+        print(f"alone {alone[10]:.3f} s, beside {count} refused ones {beside[10]:.3f} s, at most {beside[-1]:.3f} s")
+        assert set(refused) == {400}
+        assert beside[-1] < PROMPTLY_S
+
+
+def test_everybody_has_a_503_within_ten_seconds_of_arriving_at_a_locked_database(tmp_path):
+    """300 clients, in three waves."""
+    with serving(tmp_path) as server:
+
+        def client(wave):
+            time.sleep(3 * wave)
+            return timed(lambda: ask(server, "POST", "/messages", "1"))
+
+        with contextlib.closing(sqlite3.connect(server.database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            found = at_once(*[lambda wave=n % 3: client(wave) for n in range(300)])
+            assert ask(server, "GET", "/messages")[0] == 200
+            other.execute("ROLLBACK")
+        assert {(status, headers["Retry-After"]) for (status, headers, _), _ in found} == {(503, "2")}
+        seconds = sorted(seconds for _, seconds in found)
+        print(f"{seconds[0]:.1f} to {seconds[-1]:.1f} s")
+        assert seconds[-1] < 12
+        assert seconds[0] > 3, "some were given up too soon"
+        Ledger(server.connect).must_answer(2)
+
+
+SLOW = stream_sql("messages", ", slow TEXT AS (body ->> 'n' || printf('%.*c', 20000, 'x'))")
+ROWS = """
+    WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1500000)
+    INSERT INTO messages (received_at, client, body)
+    SELECT '2026-11-22T10:00:00.123Z', 'c', '{"n": ' || n || '}' FROM c"""
+
+
+def test_a_filter_without_an_index_ends_after_ten_seconds_or_with_its_client(tmp_path):
+    """A large table; as many clients as there are threads."""
+    with serving(tmp_path, schema=SLOW) as server:
+        with contextlib.closing(sqlite3.connect(server.database)) as db, db:
+            db.execute(ROWS)
+        with connections(server, 8) as clients:
+            for sock in clients:
+                sock.sendall(b"GET /messages?slow=no HTTP/1.1\r\nHost: x\r\n%b\r\n" % AUTHORIZED)
+            busy = server.processor_time()
+            wait_until(lambda: server.processor_time() > busy + 20, "nobody reads")
+        for path in ("/messages?limit=1", "/messages/1500000", "/healthz"):  # all of them have hung up
+            (status, _, data), seconds = timed(lambda: ask(server, "GET", path))
+            assert (status, seconds < PROMPTLY_S) == (200, True), (path, seconds, data)
+        (status, headers, data), seconds = timed(lambda: ask(server, "GET", "/messages?slow=no"))
+        detail = json.loads(data)["detail"]
+        print(f"{seconds:.1f} s: {detail}")
+        assert (status, headers["Retry-After"]) == (503, "2")
+        assert 9 < seconds < 13
+        assert "slow" in detail
