@@ -1,0 +1,285 @@
+"""What strangers found in the store: schemas, migrations, files and signals that once lost or changed something."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from common import Server, database
+
+import service
+from test_service import DEADLINE_S, HERE, TOKEN, run, send, stream_sql
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens a store on a schema beside the stream `messages`; the database stays when the schema changes."""
+    stores = []
+
+    def open_it(sql):
+        (tmp_path / "schema.sql").write_text(stream_sql("messages") + sql)
+        stores.append(service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql")))
+        stores[-1].open()
+        return stores[-1]
+
+    yield open_it
+    for store in stores:
+        store.close()
+
+
+def sql(path, *statements):
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        return [db.execute(statement).fetchall() for statement in statements][-1]
+
+
+def migrated(tmp_path, schema):
+    (tmp_path / "schema.sql").write_text(stream_sql("messages") + schema)
+    done = run(tmp_path, "migrate")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def append(store, body, stream="messages", client="x", key=None):
+    return store.append(service.Entry(store.schema.streams[stream], client, key, [body]))
+
+
+def refusal(store, body, stream):
+    with pytest.raises(service.Problem) as refused:
+        append(store, body, stream)
+    return refused.value.status, json.loads(refused.value.body())["detail"]
+
+
+def test_a_column_that_becomes_the_integer_primary_key_keeps_its_values(opened, tmp_path):
+    store = opened("CREATE TABLE sensors (name TEXT NOT NULL UNIQUE, number INTEGER) STRICT;")
+    sql(store.database.path, "INSERT INTO sensors VALUES ('a', 4711), ('b', 815)")
+    migrated(tmp_path, "CREATE TABLE sensors (name TEXT NOT NULL UNIQUE, number INTEGER PRIMARY KEY) STRICT;")
+    assert sql(store.database.path, "SELECT name, number FROM sensors ORDER BY name") == [("a", 4711), ("b", 815)]
+
+
+def test_ids_are_not_used_again_when_a_stream_comes_back_in_another_case(opened, tmp_path):
+    store = opened(stream_sql("Orders"))
+    for n in range(3):
+        append(store, str(n), "Orders")
+    sql(store.database.path, "DELETE FROM Orders")
+    migrated(tmp_path, "")
+    migrated(tmp_path, stream_sql("orders"))
+    assert append(opened(stream_sql("orders")), "1", "orders").first_id == 4
+
+
+def test_the_sentence_of_a_trigger_is_passed_on_as_it_is(opened):
+    sentence = "see https://orders.example.com/help"
+    store = opened(
+        stream_sql("orders")
+        + f"CREATE TRIGGER no BEFORE INSERT ON orders BEGIN SELECT RAISE(ABORT, '{sentence}'); END;"
+    )
+    assert refusal(store, "1", "orders") == (422, sentence)
+
+
+def test_the_name_of_a_check_may_have_any_symbol(opened):
+    store = opened(stream_sql("x", ", n INTEGER AS (body ->> 'n') CONSTRAINT preis_in_€ CHECK (n > 0)"))
+    assert refusal(store, '{"n": 0}', "x") == (422, "preis_in_€")
+
+
+def test_what_a_virtual_table_refuses_is_the_fault_of_the_message(opened):
+    store = opened(
+        stream_sql("x", ", low REAL AS (body ->> 'low'), high REAL AS (body ->> 'high')")
+        + "CREATE VIRTUAL TABLE box USING rtree (id, low, high);"
+        + "CREATE TRIGGER fill AFTER INSERT ON x BEGIN INSERT INTO box VALUES (NEW.id, NEW.low, NEW.high); END;"
+    )
+    assert append(store, '{"low": 1, "high": 2}', "x").first_id == 1
+    assert refusal(store, '{"low": 2, "high": 1}', "x")[0] == 422
+
+
+def test_a_replay_is_of_this_very_client(opened):
+    columns = stream_sql("x", ", serial INTEGER AS (body ->> 'serial') UNIQUE")
+    columns = columns.replace("client TEXT NOT NULL", "client TEXT NOT NULL COLLATE NOCASE")
+    store = opened(columns.replace("(client, key)", "(client COLLATE BINARY, key)"))
+    append(store, '{"serial": 1}', "x", "Bob", "k")
+    with pytest.raises(service.Problem) as refused:
+        append(store, '{"serial": 1}', "x", "bob", "k")
+    assert refused.value.status == 409
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("CREATE TRIGGER temp.no BEFORE INSERT ON messages BEGIN SELECT RAISE(ABORT, 'no'); END;", "not TEMP"),
+        ("CREATE TABLE temp.x (a);", "not TEMP"),
+        ("CREATE TABLE l (a); INSERT INTO l VALUES (1) RETURNING a;", "INSERT OR IGNORE"),
+        ("CREATE TABLE l (a UNIQUE); INSERT INTO l VALUES (1);", "INSERT OR IGNORE"),
+    ],
+)
+def test_a_schema_that_would_not_do_what_it_says_is_refused(statement, words, opened):
+    with pytest.raises(service.SetupError, match=words):
+        opened(statement)
+
+
+def test_a_grant_names_a_stream_that_is_there(tmp_path):
+    database(tmp_path)
+    for stream in ("clients", "MESSAGES", "messages_key", "nothing"):
+        done = run(tmp_path, "client", "add", "y", "--can", f"write:{stream}")
+        assert (done.returncode, f"no stream {stream}" in done.stderr) == (2, True)
+
+
+def test_a_backup_through_a_symlink_does_not_replace_the_database(tmp_path):
+    path = database(tmp_path)
+    (tmp_path / "link.db").symlink_to(path)
+    done = run(tmp_path, "backup", str(tmp_path / "link.db"), "--replace")
+    assert done.returncode == 2
+    assert (tmp_path / "link.db").is_symlink()
+
+
+def test_a_wal_that_was_removed_while_somebody_reads_loses_nothing(tmp_path):
+    """What is in it can only be saved when the reader has gone: until then, 503."""
+    path = database(tmp_path)
+    server = Server(tmp_path)
+    for n in range(5):
+        assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
+    code = """
+import sqlite3, sys, time
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("BEGIN")
+db.execute("SELECT count(*) FROM messages").fetchone()
+print("reading", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout.readline() == "reading\n"
+        for n in (5, 6, 7):
+            assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
+        os.unlink(f"{path}-wal")
+        assert send(server.connect(), "POST", "/messages", "8")[0] == 503
+        reader.kill()
+    for n in (9, 10):
+        assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
+    assert server.end() == 0
+    stored = sql(path, "SELECT id, body FROM messages ORDER BY id")
+    assert [int(body) for _, body in stored if body != "8"] == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
+    assert [message_id for message_id, _ in stored] == list(range(1, len(stored) + 1))
+
+
+def test_what_waits_for_the_lock_at_the_end_gets_its_answer(tmp_path):
+    path = database(tmp_path)
+    server = Server(tmp_path)
+    connection = server.connect()
+    assert send(connection, "POST", "/messages", "0")[0] == 201
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        connection.request("POST", "/messages", "1", headers)
+        time.sleep(0.3)
+        server.signal(signal.SIGTERM)
+        time.sleep(6.5)
+        other.execute("ROLLBACK")
+    assert connection.getresponse().status == 201
+    assert server.process.wait(DEADLINE_S) == 0
+
+
+def test_bodies_that_come_while_the_service_ends_are_stored_as_they_were_sent_or_not_at_all(tmp_path):
+    """A slow COMMIT at the end once let two threads read the same sockets."""
+    path = database(tmp_path)
+    server = Server(tmp_path)
+    bodies = [json.dumps(f"{n}-" * 40_000) for n in range(150)]
+    answers = {}
+
+    def post(n):
+        with contextlib.suppress(OSError, ValueError):
+            answers[n] = send(server.connect(), "POST", "/messages", bodies[n])[0]
+
+    threads = [threading.Thread(target=post, args=(n,)) for n in range(150)]
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        server.signal(signal.SIGTERM)
+        time.sleep(0.3)
+        other.execute("ROLLBACK")
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert server.process.wait(DEADLINE_S) == 0
+    stored = {body for (body,) in sql(path, "SELECT body FROM messages")}
+    assert stored <= set(bodies)
+    assert {bodies[n] for n, status in answers.items() if status == 201} <= stored
+    assert "Socket error" not in (tmp_path / "log").read_text()
+
+
+def test_answers_that_nobody_reads_are_bounded(tmp_path):
+    path = database(tmp_path)
+    page = json.dumps("x" * 8_000_000)
+    sql(path, f"INSERT INTO messages (received_at, client, body) VALUES ('t', 'x', '{page}')")
+    server = Server(tmp_path)
+    assert send(server.connect(), "GET", "/messages")[0] == 200
+    ask = f"GET /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    host, port = server.address.split(":")
+    deaf = [socket.create_connection((host, int(port)), DEADLINE_S) for _ in range(150)]
+    for sock in deaf:
+        sock.sendall(ask)
+    time.sleep(3)
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    peak_mb = int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    print(f"{peak_mb} MB at most")
+    assert peak_mb < 500  # 1,200 MB were asked for
+    assert send(server.connect(), "GET", "/messages/1")[0] == 200
+    for sock in deaf:
+        sock.close()
+    assert server.end() == 0
+
+
+def test_heads_without_their_bodies_keep_nobody_out(tmp_path):
+    database(tmp_path)
+    server = Server(tmp_path)
+    host, port = server.address.split(":")
+    head = f"GET /x HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 1048576\r\n\r\n".encode()
+    waiting = [socket.create_connection((host, int(port)), DEADLINE_S) for _ in range(100)]
+    for sock in waiting:
+        sock.sendall(head)
+    large = json.dumps("x" * 500_000).encode()
+    assert send(server.connect(), "POST", "/messages", large)[0] == 201
+    assert send(server.connect(), "POST", "/messages", [large[:9], large[9:]])[0] == 201
+    for sock in waiting:
+        sock.close()
+    assert server.end() == 0
+
+
+def test_a_child_that_outlives_a_killed_parent_does_not_keep_the_lock(tmp_path):
+    """The parent serves, forks a child that only sleeps, and is killed while it waits for SQLite inside of its turn."""
+    path = database(tmp_path)
+    code = """
+import os, sys, threading, time, falcon.testing, service
+client = falcon.testing.TestClient(service.application)
+headers = {"Authorization": "Bearer " + sys.argv[1], "Content-Type": "application/json"}
+post = lambda: client.simulate_post("/messages", body="1", headers=headers)
+assert post().status_code == 201
+threading.Thread(target=post, daemon=True).start()
+if os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+print("forked", flush=True)
+while True:
+    post()
+"""
+    environ = os.environ | {
+        "INLET_DATABASE": str(path),
+        "INLET_SCHEMA": str(tmp_path / "schema.sql"),
+        "PYTHONPATH": str(HERE),
+    }
+    command = [sys.executable, "-c", code, TOKEN]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        try:
+            assert parent.stdout.readline() == "forked\n"
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                time.sleep(0.5)  # the parent is in its turn now, and waits
+                parent.kill()
+                parent.wait()
+            assert run(tmp_path, "client", "list").returncode == 0
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)
