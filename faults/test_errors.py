@@ -102,7 +102,7 @@ def test_a_commit_that_hangs_stops_no_read(tmp_path):
     hung = sum(seconds > 1.9 for seconds in writes)
     print(f"{hung} of {len(writes)} writes hung, {len(reads)} reads took at most {max(reads):.3f} s")
     assert hung >= 4
-    assert max(reads) < 0.5
+    assert max(reads) < 1.0  # 0.04 s on a machine that does nothing else
     assert server.end() == 0
     ledger.check(path)
 
