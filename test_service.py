@@ -393,26 +393,28 @@ def sending(server, body, stream="messages", count=1):
 
 def python(code, folder):
     """What a program prints that knows `service` and a `client` of its application."""
-    start = (
+    knows = (
         "import os, sys; sys.path.insert(0, sys.argv[1]); import falcon.testing, service\n"
         "client = falcon.testing.TestClient(service.application)\n"
     )
-    command, environ = [sys.executable, "-c", start + code, str(HERE)], os.environ | {"INLET_DATABASE": "inlet.db"}
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=DEADLINE_S).stdout
+    command, environ = [sys.executable, "-c", knows + code, str(HERE)], os.environ | {"INLET_DATABASE": "inlet.db"}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
+    return done.stdout + done.stderr
+
+
+def command_line(folder, *arguments):
+    """A command on the files in a folder, as a list of words."""
+    files = ["--database", str(folder / "inlet.db"), "--schema", str(folder / "schema.sql")]
+    return [sys.executable, str(HERE / "service.py"), *arguments, *files]
 
 
 def start(folder, *arguments):
-    """Starts a command as a process of its own, on the files in a folder."""
-    files = ["--database", str(folder / "inlet.db"), "--schema", str(folder / "schema.sql")]
-    command = [sys.executable, str(HERE / "service.py"), *arguments, *files]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command_line(folder, *arguments), stdout=pipe, stderr=pipe, text=True)
 
 
 def run(folder, *arguments):
-    """Runs a command like that."""
-    with start(folder, *arguments) as process:
-        stdout, stderr = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return subprocess.run(command_line(folder, *arguments), capture_output=True, text=True, timeout=60)
 
 
 def readme(language):
