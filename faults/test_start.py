@@ -1,6 +1,7 @@
 """Starts beside a service that runs, as a user who may not, and two at once: each works, or ends with one line."""
 
 import contextlib
+import http.client
 import os
 import pwd
 import re
@@ -111,7 +112,5 @@ def test_of_two_first_starts_one_prints_a_token_that_is_valid_for_both(tmp_path)
 
 
 def ask(address, method, path, body=None, **headers):
-    import http.client
-
     with contextlib.closing(http.client.HTTPConnection(address, timeout=DEADLINE_S)) as connection:
         return send(connection, method, path, body, **headers)
