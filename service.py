@@ -68,7 +68,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
@@ -348,7 +348,7 @@ class Stream:
     name: str
     fields: dict[str, bool]
 
-    @property
+    @cached_property
     def insert(self) -> str:
         """The SQL that inserts a message: received_at, client, key, body."""
         return f'INSERT INTO "{self.name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
@@ -696,9 +696,7 @@ class Store:
             results = written
         except (sqlite3.Error, OSError, MemoryError) as error:
             failure = error
-            if (
-                not group
-            ):  # the transaction has not begun. Without the lock, entries that came later may still wait for it.
+            if not group:  # the transaction has not begun, and entries that came later may still wait for the lock
                 now = time.monotonic() if isinstance(error, TimeoutError) else float("inf")
                 with self._mutex:
                     group = [entry for entry in self._queue if entry.deadline <= now]
@@ -872,8 +870,8 @@ class WriteLock:
 
     SQLite polls for its own lock, so that a busy process starves the others; and from 3.7.0 to 3.51.2 two connections
     that write or checkpoint at the same moment can corrupt a WAL (https://sqlite.org/wal.html). flock(2) knows no time
-    limit, so it is polled for as well. A writer takes the lock -next, then -lock, and then releases -next. So a process
-    that has just written has to queue behind the one that waits.
+    limit, so it is polled for as well, with short pauses. A writer takes the lock -next, then -lock, and then releases
+    -next: a process that has just written cannot pass one that waits for -lock.
     """
 
     def __init__(self, database: Path):
@@ -1632,7 +1630,7 @@ BODIES_BYTES = 64 * 1024 * 1024  # the limit for the sum of the larger ones
 UNSENT_BYTES = 64 * 1024 * 1024  # of answers; over it, the client that has not read for the longest time has to go
 DISCARDED_BYTES = 64 * 1024 * 1024  # read after a refusal, for a client that has to send all before it reads why
 STUCK_S = 0.020  # after this time in a COMMIT, the other thread becomes the loop
-SLOW_S = 0.100  # after a COMMIT that took longer, the next POSTs go to the other thread; there the GIL makes all slower
+SLOW_S = 0.100  # after a COMMIT that took longer, the other thread runs the next POSTs
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 DRAIN_S = BUSY_TIMEOUT_S + 1  # how long a server that was told to stop waits for the requests in flight
 
@@ -1802,6 +1800,7 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 FIELD_LINE = rb"%b:[\t -~\x80-\xff]*+\r\n" % TOKEN
 HEAD = re.compile(rb"(%b) ([!-~]++) HTTP/1\.([01])\r\n((?:%b)*+)" % (TOKEN, FIELD_LINE))
 HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|[A-Za-z0-9._~!$&'()*+,;=%-]*+)(?::[0-9]*+)?"
+HOST_FIELD = re.compile(HOST)
 TARGET = re.compile(rb"(?:https?://(?![:/?])%b|(?=[/*]))(\*|/[^?#]*+)?(?:\?([^#]*+))?" % HOST, re.IGNORECASE)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*+;[\t -~\x80-\xff]*+)?\r\n")
 TRAILER_LINE = re.compile(FIELD_LINE)
@@ -1965,7 +1964,7 @@ class Parser(HTTPRequestParser):
             if key := header_name(name):
                 text = value.strip(b" \t").decode("latin-1")
                 headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        if not re.fullmatch(HOST, headers.get("HOST", "" if self.version == "1.0" else " ").encode("latin-1")):
+        if not HOST_FIELD.fullmatch(headers.get("HOST", "" if self.version == "1.0" else " ").encode("latin-1")):
             raise Problem(400, "A request has one Host.")
         options = {option.strip(" \t").lower() for option in headers.get("CONNECTION", "").split(",")}
         headers["CONNECTION"] = "close" if "close" in options else "keep-alive" if "keep-alive" in options else ""
@@ -2092,8 +2091,9 @@ class Channel(HTTPChannel):
         """Close for sending, but read on: to close on a client that still sends would take the answer from it."""
         self.lingers = True
         self.close_when_flushed = bool(self._unsent)
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RD if self._unsent else socket.SHUT_WR)
+        if self.connected and not self._unsent:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
 
     def received(self, data: bytes) -> bool:
         if not self.lingers:

@@ -27,15 +27,6 @@ import service
 from test_service import DEADLINE_S, TOKEN, add_tester, run, send, stream_sql
 
 
-@pytest.fixture
-def server(tmp_path):
-    database(tmp_path)
-    server = Server(tmp_path)
-    yield server
-    assert server.end() == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
-
-
 @pytest.fixture(params=["direct", "nginx"])
 def entrance(request, server, tmp_path):
     """(host, port) to attack: the service itself, or nginx in front of it."""

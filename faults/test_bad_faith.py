@@ -9,21 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from common import Server, database
 
 import service
 from test_service import DEADLINE_S, TOKEN, send
 
 HEAD = f"POST /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
-
-
-@pytest.fixture
-def server(tmp_path):
-    database(tmp_path)
-    server = Server(tmp_path)
-    yield server
-    assert server.end() == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def connect(server):

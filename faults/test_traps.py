@@ -183,31 +183,53 @@ def test_what_waits_for_the_lock_at_the_end_gets_its_answer(tmp_path):
 
 
 def test_bodies_that_come_while_the_service_ends_are_stored_as_they_were_sent_or_not_at_all(tmp_path):
-    """A slow COMMIT at the end once let two threads read the same sockets."""
+    """A slow COMMIT at the end once let two threads read the same sockets, which swapped the blocks of bodies."""
     path = database(tmp_path)
     server = Server(tmp_path)
-    bodies = [json.dumps(f"{n}-" * 40_000) for n in range(150)]
+    host, port = server.address.split(":")
+    head = f"POST /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+
+    def begin(body, sent):
+        """A connection whose request has come in part."""
+        request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        sock = socket.create_connection((host, int(port)), DEADLINE_S)
+        sock.sendall(request[:sent])
+        return sock, request[sent:]
+
+    # Each block of eight characters is another one.
+    bodies = [json.dumps("".join(f"{n:03}{block:05}" for block in range(15_500))) for n in range(150)]
+    large = [begin(body, 300) for body in bodies]
+    small = [begin('"x"', -1), begin('"x"', -1)]
     answers = {}
 
-    def post(n):
-        with contextlib.suppress(OSError, ValueError):
-            answers[n] = send(server.connect(), "POST", "/messages", bodies[n])[0]
+    def finish(n):
+        sock, rest = large[n]
+        with contextlib.suppress(OSError):
+            for at in range(0, len(rest), 30_000):
+                sock.sendall(rest[at : at + 30_000])
+                time.sleep(0.001)
+            answers[n] = sock.recv(65536)[:12]
 
-    threads = [threading.Thread(target=post, args=(n,)) for n in range(150)]
+    time.sleep(0.3)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        for thread in threads:
-            thread.start()
-        time.sleep(0.1)
         server.signal(signal.SIGTERM)
-        time.sleep(0.3)
+        for sock, rest in small:  # their COMMITs wait for the lock
+            time.sleep(0.15)
+            sock.sendall(rest)
+        time.sleep(0.1)
         other.execute("ROLLBACK")
+    threads = [threading.Thread(target=finish, args=(n,)) for n in range(150)]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join(DEADLINE_S)
     assert server.process.wait(DEADLINE_S) == 0
-    stored = {body for (body,) in sql(path, "SELECT body FROM messages")}
-    assert stored <= set(bodies)
-    assert {bodies[n] for n, status in answers.items() if status == 201} <= stored
+    stored = {body for (body,) in sql(path, "SELECT body FROM messages")} - {'"x"'}
+    assert stored <= set(bodies), "a body was stored that nobody has sent"
+    created = {bodies[n] for n, answer in answers.items() if answer == b"HTTP/1.1 201"}
+    assert len(created) > 100
+    assert created <= stored
     assert "Socket error" not in (tmp_path / "log").read_text()
 
 
