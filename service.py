@@ -40,7 +40,8 @@ TO CHANGE                                     SEE
  how messages reach the disk                  the store, the engine
  who may come in                              clients
  what a POST may contain                      reading requests
- how HTTP is read and written                 many POSTs, one COMMIT; the server; repairs of waitress
+ how many POSTs share a COMMIT                the server
+ how HTTP is read and written                 in place of waitress
 """
 
 import argparse
@@ -68,21 +69,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from email.utils import formatdate
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlencode
 
 import falcon
-from waitress.channel import ClientDisconnected, HTTPChannel
-from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import WSGITask
-from waitress.wasyncore import poll2
+from waitress.wasyncore import dispatcher, poll2
 
 __version__ = "1.1.0"
 
@@ -121,10 +120,8 @@ def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
         case _:
             log.error("unexpected error at %s %r", req.method, req.path, exc_info=error)
             problem = Problem(500, f"An unexpected error. {UNKNOWN_OUTCOME}")
-    resp.status = problem.status
-    resp.content_type = "application/problem+json"
-    resp.set_headers(problem.headers)
-    resp.data = problem.body()
+    resp.status, headers, resp.data = problem.answer()
+    resp.set_headers(headers)
 
 
 class LazyApplication:
@@ -154,10 +151,9 @@ class LazyApplication:
             return (self._app or self._make(environ))(environ, start_response)
         except SetupError as error:
             log.critical("%s", error)
-            problem = Problem(503, "The service is not set up; its log says why.")
-            headers = [("Content-Type", "application/problem+json"), *problem.headers.items()]
-            start_response("503 Service Unavailable", headers)
-            return [problem.body()]
+            status, headers, content = Problem(503, "The service is not set up; its log says why.").answer()
+            start_response(status, headers)
+            return [content]
 
     def _make(self, environ: dict[str, Any]) -> falcon.App:
         if "uwsgi.version" in environ:
@@ -225,6 +221,7 @@ def settings_from(flags: dict[str, Any]) -> Settings:
 
 # ==================== Problems: every refusal, as RFC 9457 has it ===================================
 
+Answer = tuple[str, list[tuple[str, str]], bytes]  # status line, headers and content, as WSGI has them
 RETRY_AFTER_S = 2
 UNKNOWN_OUTCOME = "Try again with the same Idempotency-Key: whether the message was stored is not known."
 
@@ -244,9 +241,9 @@ class Problem(Exception):
             self.headers["Retry-After"] = str(RETRY_AFTER_S)
         self._members = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail, **members}
 
-    def body(self) -> bytes:
-        """Return the JSON of the answer."""
-        return json.dumps(self._members).encode()
+    def answer(self) -> Answer:
+        headers = [("Content-Type", "application/problem+json"), *self.headers.items()]
+        return f"{self.status} {self._members['title']}", headers, json.dumps(self._members).encode()
 
 
 def storage_problem(error: Exception) -> Problem:
@@ -571,7 +568,8 @@ class Entry:
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
     line: int = 1  # of the batch: the one that is being inserted
     result: Stored | Problem | None = None
-    wake: Any = None  # a lock that is released when there is a result, or when this thread has to write
+    then: Callable[[], None] | None = None  # called when there is a result, or when nobody writes any more
+    wake: Any = None  # for a thread that waits: a lock that is released when there is a result, or when it has to write
     leads: bool = False  # does this thread write?
 
 
@@ -580,25 +578,15 @@ class Store:
 
     A thread that finds no other one writing writes everything that is queued, and commits once. The others wait for
     their own result. Then one that still waits is told to write. With 64 threads, a plain lock gave 1.8 messages a
-    COMMIT, and this gives 63 (bench/threads.py).
-
-    while_waiting is called with an entry that has been queued, before its thread waits: a server can use the time to
-    run more requests.
+    COMMIT, and this gives 63 (bench/threads.py). A server that has no thread for each entry calls put() and write().
     """
 
-    def __init__(
-        self,
-        path: Path,
-        schema: Schema,
-        clock: Callable[[], str] = utc_now,
-        while_waiting: Callable[[Entry], None] = lambda entry: None,
-    ):
+    def __init__(self, path: Path, schema: Schema, clock: Callable[[], str] = utc_now):
         self.schema = schema
         self.database = Database(path)
+        self.queue: list[Entry] = []  # entries that nobody writes yet
         self._clock = clock
-        self._while_waiting = while_waiting
-        self._mutex = threading.Lock()  # for the next two, and for the results of entries
-        self._queue: list[Entry] = []
+        self._mutex = threading.Lock()  # for the queue, for what follows, and for the results of entries
         self._writing = False  # is there a thread that writes, or was told to?
         # Threads that read pages at once fight for the GIL at every row: four made 110 pages a second, and 200 in turn.
         # A read with a filter can be slow, so it does not take this lock.
@@ -651,47 +639,62 @@ class Store:
         Raises Problem: 4xx when a rule of the schema refused them (nothing is stored), 5xx when the outcome is unknown.
         """
         with self._mutex:
-            self._queue.append(entry)
-        self._while_waiting(entry)
-        with self._mutex:
-            if entry.result is None and not self._writing:
-                self._writing = entry.leads = True
-            elif entry.result is None:
+            self.queue.append(entry)
+            entry.leads = not self._writing
+            self._writing = True
+            if not entry.leads:
                 entry.wake = threading.Lock()
                 entry.wake.acquire()
         if entry.wake and not entry.wake.acquire(timeout=max(0.0, entry.deadline - time.monotonic())):
             with self._mutex:
                 if not (entry.result or entry.leads):
                     entry.result = storage_problem(TimeoutError())
+                    self.queue = [waiting for waiting in self.queue if waiting is not entry]
         if entry.leads:
             self._lead(entry)
         if isinstance(entry.result, Problem):
             raise entry.result
         return entry.result
 
+    def put(self, entry: Entry) -> None:
+        """Queue an entry for a COMMIT. entry.then is called when it has its result, or when somebody has to write()."""
+        with self._mutex:
+            self.queue.append(entry)
+
+    def write(self) -> None:
+        """Write what is queued, if no other thread does."""
+        with self._mutex:
+            if self._writing or not self.queue:
+                return
+            self._writing, first = True, self.queue[0]
+        self._lead(first)
+
     def _lead(self, entry: Entry) -> None:
-        """Write what is queued until this entry has its result, then let one that waits go on."""
+        """Write what is queued until this entry has its result, then leave the rest to one that waits."""
         try:
             while entry.result is None:
                 self._write_group()
         finally:
             with self._mutex:
-                heir = next((waiting for waiting in self._queue if waiting.wake and not waiting.result), None)
+                heir = next((waiting for waiting in self.queue if waiting.wake), None)
                 self._writing = heir is not None
                 if heir:
                     heir.leads = True
                     heir.wake.release()
+                rest = [] if heir else self.queue[:1]
+            for waiting in rest:
+                waiting.then()
 
     def _write_group(self) -> None:
         """Write everything that is queued with one COMMIT. If that fails, all of it fails."""
         group, results, failure = [], [], RuntimeError("a bug")
         with self._mutex:
-            deadline = min(waiting.deadline for waiting in self._queue if not waiting.result)
+            deadline = min(waiting.deadline for waiting in self.queue)
         try:
             with self.database.transaction(deadline) as db:
                 received_at = self._clock()
                 with self._mutex:
-                    group, self._queue = [waiting for waiting in self._queue if not waiting.result], []
+                    group, self.queue = self.queue, []
                 written = [self._insert(db, entry, received_at) for entry in group]
             results = written
         except (sqlite3.Error, OSError, MemoryError) as error:
@@ -699,15 +702,17 @@ class Store:
             if not group:  # the transaction has not begun, and entries that came later may still wait for the lock
                 now = time.monotonic() if isinstance(error, TimeoutError) else float("inf")
                 with self._mutex:
-                    group = [entry for entry in self._queue if entry.deadline <= now]
-                    self._queue = [entry for entry in self._queue if entry.deadline > now]
+                    group = [entry for entry in self.queue if entry.deadline <= now]
+                    self.queue = [entry for entry in self.queue if entry.deadline > now]
             if group:
                 log.error("%d requests could not be written: %s: %s", len(group), type(error).__name__, error)
         finally:
             with self._mutex:
                 for entry, result in zip(group, results or [storage_problem(failure) for _ in group], strict=True):
                     entry.result = result
-                    if entry.wake and entry.wake.locked():
+                    if entry.then:
+                        entry.then()
+                    elif entry.wake and entry.wake.locked():
                         entry.wake.release()
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
@@ -1134,8 +1139,6 @@ class Clients:
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if problem := req.env.get("inlet.problem"):  # the server refuses this request
-            raise problem
         if req.path == "/healthz":
             return
         if not req.auth and "mod_wsgi.version" in req.env:
@@ -1395,6 +1398,22 @@ def link(req: falcon.Request, *path: str | int) -> str:
     return "/".join([quote(req.root_path) if req.root_path else "", *map(str, path)])
 
 
+def answer_to(entry: Entry, url: str) -> Answer:
+    """Return the answer to a POST that has its result; url is that of its stream."""
+    stored = entry.result
+    if isinstance(stored, Problem):
+        return stored.answer()
+    headers = [("Content-Type", "application/json")]
+    if stored.replayed:
+        headers.append(("Idempotent-Replayed", "true"))
+    if entry.batch:
+        ids = f'"count": {len(entry.bodies)}, "first_id": {stored.first_id}, "last_id": {stored.last_id}'
+    else:
+        ids = f'"id": {stored.first_id}'
+        headers.append(("Location", f"{url}/{stored.first_id}"))
+    return "201 Created", headers, f'{{{ids}, "received_at": "{stored.received_at}"}}'.encode()
+
+
 class StreamResource:
     """/{stream} and /{stream}/{id}"""
 
@@ -1411,24 +1430,20 @@ class StreamResource:
         data = read_body(environ, self._max_body)
         data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
         entry = Entry(stream, client.name, key, json_texts(data, batch), batch)
-        if arrived := environ.get("inlet.arrived"):
-            entry.deadline = arrived + BUSY_TIMEOUT_S
-        stored = self._store.append(entry)
-        resp.status = falcon.HTTP_201
-        if stored.replayed:
-            resp.set_header("Idempotent-Replayed", "true")
-        if batch:
-            ids = f'"count": {len(entry.bodies)}, "first_id": {stored.first_id}, "last_id": {stored.last_id}'
+        url = link(req, stream.name)
+        if put := environ.get("inlet.put"):  # the server has it committed together with others, and answers then
+            entry.deadline = environ["inlet.arrived_at"] + BUSY_TIMEOUT_S
+            put(entry, url)
         else:
-            ids = f'"id": {stored.first_id}'
-            resp.set_header("Location", link(req, stream.name, stored.first_id))
-        resp.data = f'{{{ids}, "received_at": "{stored.received_at}"}}'.encode()
+            self._store.append(entry)
+            resp.status, headers, resp.data = answer_to(entry, url)
+            resp.set_headers(headers)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.client.require("read", self._stream)
         resp.set_header("Vary", "Accept")
         (after, limit, filters), ndjson = page_from(req.params, self._stream), wants_ndjson(req)
-        abandoned = req.env.get("waitress.client_disconnected", lambda: False)
+        abandoned = req.env.get("inlet.is_abandoned", lambda: False)
         messages, size = [], 0
         with self._store.page_turn if not filters else contextlib.nullcontext():
             for row in self._store.page(self._stream, after, limit, filters, abandoned):
@@ -1531,84 +1546,166 @@ class HealthResource:
             time.sleep(self.EVERY_S)
 
 
-# ==================== Many POSTs, one COMMIT ========================================================
+# ==================== The server behind `python service.py` =========================================
 
-LARGEST_GROUP = 64  # requests on one stack: more made no measurable difference
-SAME_TIME_S = 2.0  # between the arrivals of what shares a COMMIT and a deadline
+CONNECTIONS = 4096  # fewer if the process may not open as many files
+IDLE_S = 120  # after which a connection without a running request is closed
+MAX_HEAD_BYTES = 16_384
+SMALL_BYTES = 16_384  # bodies and answers up to this size are not counted
+BODIES_BYTES = 64 * 1024 * 1024  # the limit for the sum of the larger bodies that are on their way
+UNSENT_BYTES = 64 * 1024 * 1024  # of answers; over it, the client that has not read for the longest time has to go
+DISCARDED_BYTES = 64 * 1024 * 1024  # read after a refusal, for a client that has to send all before it reads why
 GATHER_S = 0.010  # the longest that a message waits for other people's requests before its COMMIT begins
+STUCK_S = 0.020  # after this time in a COMMIT, the other thread becomes the loop
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+DRAIN_S = BUSY_TIMEOUT_S + 1  # how long a server that was told to stop waits for the requests in flight
 
 
-class WaitingPosts:
-    """POSTs that have come in whole, run by one thread so that they share a COMMIT.
+class Server:
+    """waitress's sockets and its poll(), with a loop that runs POSTs itself, so that many share one COMMIT.
 
-    A request is a plain function call, which returns when its message is on disk: one thread would commit each message
-    alone. So where a request would wait, the thread first runs the next one:
+    A turn of the loop:
 
-        POST A  queues its message, and would wait    → runs POST B
-          POST B  queues its message, and would wait  → runs POST C
-            POST C  queues its message; no other POST has come, so it commits A, B and C
-            C sends its 201
-          B finds its result, and sends its 201
-        A finds its result, and sends its 201
+        read what has come in  → run POST A, POST B, POST C: each puts its message into the queue of the store
+                               → one COMMIT of A, B and C → send three times 201
 
     A thread for each request would cost two thread switches a message, and a fight for the GIL at each row.
+
+    Two threads take turns: one is the loop, and the other stands by. When a write takes longer than STUCK_S (a slow
+    disk, a lock that somebody holds), the one that stands by becomes the loop, so that no write stops a read. The other
+    stands by when its write has ended. GETs have threads of their own. Only the loop touches connections.
     """
 
-    def __init__(self) -> None:
-        self._requests: deque[tuple[Callable[[], None], float]] = deque()  # each with its time of arrival
-        self._depth = 0
-        self._commit_at = self._deadline = self._arrived = 0.0
-        self.thread = 0  # the one that runs them
-        self.commit_began = 0.0  # 0 while there is no COMMIT
-        self.last_commit_s = 0.0
+    def __init__(self, app: Callable, settings: Settings, store: Store, authenticate: Callable[[str | None], Client]):
+        self.app = app
+        self.settings = settings
+        self.store = store
+        self.authenticate = authenticate
+        self.sockets: dict[int, Any] = {}
+        self.stopping = False
+        self._posts: deque[Request] = deque()  # that have come in whole
+        self._reads: SimpleQueue[Request] = SimpleQueue()
+        self._answered: deque[Request] = deque()
+        self._called = False  # has the loop been woken since it last looked?
+        self._loop = 0  # the thread that is the loop
+        self._write_began = 0.0  # 0 while the loop does not write
+        self._change = threading.Lock()  # for both
+        self._busy = threading.Event()  # there was a write since the thread that stands by last looked
+        self._drained_at = 0.0
+        self._ended = threading.Event()
+        self._listeners = listeners(self)
+        self.port = self._listeners[0].effective_port  # which the system has chosen if 0 was asked for
 
-    def __len__(self) -> int:
-        return len(self._requests)
+    def run(self) -> None:
+        """Serve until one of STOP_SIGNALS comes, which all threads have to block; let the requests in flight finish."""
+        for work in [self._take_turns] * 2 + [self._read] * self.settings.threads:
+            threading.Thread(target=work, daemon=True).start()
+        signal.sigwait(STOP_SIGNALS)
+        self.stopping = True
+        self.wake()
+        self._ended.wait()
 
-    def add(self, request: Callable[[], None], arrived: float) -> None:
-        """Take a request that is to be run, with its time.monotonic() of arrival. Any thread may call this."""
-        self._requests.append((request, arrived))
+    def add(self, request: "Request") -> None:
+        """Take a request that has come in whole."""
+        if request.method == "POST":
+            self._posts.append(request)
+        else:
+            self._reads.put(request)
 
-    def run_group(self) -> None:
-        """Run the next request, and while that waits for its COMMIT those after it. One thread at a time calls this."""
-        self.thread = threading.get_ident()
-        self._run_next()
-        self.thread = 0
+    def finish(self, request: "Request") -> None:
+        """Take a request that has its answer. Any thread may call this."""
+        self._answered.append(request)
+        if threading.get_ident() != self._loop and not self._called:
+            self.wake()
 
-    def while_waiting(self, entry: Entry) -> None:
-        """Run more requests before this entry is committed. The store calls this in every thread that appends."""
-        if threading.get_ident() != self.thread:
-            return
-        if self._depth == 0:
-            self._commit_at, self._deadline = time.monotonic() + GATHER_S, entry.deadline
-            self._arrived = entry.deadline - BUSY_TIMEOUT_S
-        # Inner requests return first, so that all of a group share the earliest deadline.
-        self._deadline = entry.deadline = min(entry.deadline, self._deadline)
-        self._depth += 1
-        try:
-            while entry.result is None and self._takes_more() and self._run_next():
-                pass
-        finally:
-            self._depth -= 1
-        if entry.result is None:
-            self.commit_began = time.monotonic()
+    def require_room(self, size: int, held: int) -> None:
+        """Raise Problem if a body of this size in bytes is too large, or if too much of bodies is held already."""
+        if size > self.settings.max_body:
+            raise too_large(self.settings.max_body)
+        if held > SMALL_BYTES:
+            bodies = [each.request.body for each in self.connections() if each.request and each.request.body]
+            if sum(body.held for body in bodies) > max(BODIES_BYTES, 4 * self.settings.max_body):
+                raise Problem(503, "Too many large bodies are on their way.")
 
-    def _takes_more(self) -> bool:
-        """Is there time and room in this group? A request that came much later keeps its own deadline."""
-        late = not self._requests or self._requests[0][1] > self._arrived + SAME_TIME_S
-        return not late and self._depth <= LARGEST_GROUP and time.monotonic() < self._commit_at
+    def make_room(self) -> None:
+        """Close connections whose clients do not read, as long as too much of answers is held."""
+        unsent = sorted((each for each in self.connections() if each.output), key=lambda each: -each.active_at)
+        while sum(len(each.output) for each in unsent) > UNSENT_BYTES:
+            unsent.pop().close()
 
-    def _run_next(self) -> bool:
-        """Run one request; False if there is none."""
-        try:
-            request, _ = self._requests.popleft()
-        except IndexError:
-            return False
-        run_safely(request)
-        if self.commit_began:
-            self.last_commit_s = time.monotonic() - self.commit_began
-            self.commit_began = 0.0
-        return True
+    def close_idle(self, _: float = 0) -> None:
+        """Close the connections on which nothing happens; waitress calls this every 30 s."""
+        for each in self.connections():
+            if not each.running and each.active_at < time.monotonic() - IDLE_S:
+                each.close()
+
+    def connections(self) -> list["Connection"]:
+        return [each for each in list(self.sockets.values()) if isinstance(each, Connection)]
+
+    def _take_turns(self) -> None:
+        me = threading.get_ident()
+        with self._change:
+            self._loop = self._loop or me
+        while not self._ended.is_set():
+            run_safely(self._turn if self._loop == me else self._stand_by)
+
+    def _turn(self) -> None:
+        self._called = False
+        self._send_answers()
+        poll2(0.0 if self._posts else 0.1 if self.stopping else 1.0, self.sockets)
+        if self.stopping:
+            self._drain()
+        until = time.monotonic() + GATHER_S
+        while self._posts and time.monotonic() < until:
+            self._posts.popleft().run()
+        self._send_answers()
+        if self.store.queue:
+            self._write()  # and now the other thread may be the loop
+
+    def _send_answers(self) -> None:
+        while self._answered:
+            request = self._answered.popleft()
+            request.connection.answer(request)
+
+    def _write(self) -> None:
+        self._write_began = time.monotonic()
+        if not self._busy.is_set():
+            self._busy.set()
+        self.store.write()
+        with self._change:
+            if self._loop == threading.get_ident():
+                self._write_began = 0.0
+
+    def _stand_by(self) -> None:
+        """Become the loop if the thread that is the loop takes too long to write."""
+        self._busy.wait()
+        self._busy.clear()
+        time.sleep(STUCK_S)
+        with self._change:
+            if self._write_began:
+                self._busy.set()
+                if time.monotonic() > self._write_began + STUCK_S:
+                    self._loop, self._write_began = threading.get_ident(), 0.0
+
+    def _drain(self) -> None:
+        """Take no more connections, and end when the requests in flight have their answers, or after DRAIN_S."""
+        if not self._drained_at:
+            self._drained_at = time.monotonic() + DRAIN_S
+            for listener in self._listeners:
+                accept_all(listener)
+                listener.del_channel()
+                listener.socket.close()
+        elif not any(each.is_busy() for each in self.connections()) or time.monotonic() > self._drained_at:
+            self._ended.set()
+
+    def _read(self) -> None:
+        while True:
+            run_safely(self._reads.get().run)
+
+    def wake(self) -> None:
+        """Let the loop begin a turn. Any thread may call this."""
+        self._called = True
+        self._listeners[0].trigger.pull_trigger()
 
 
 def run_safely(work: Callable[[], Any]) -> None:
@@ -1620,180 +1717,7 @@ def run_safely(work: Callable[[], Any]) -> None:
             log.exception("the server failed")
 
 
-# ==================== The server behind `python service.py` =========================================
-
-CONNECTIONS = 4096  # fewer if the process may not open as many files
-MAX_HEAD_BYTES = 16_384
-SMALL_BODY_BYTES = 16_384  # bodies up to this size are not counted
-LARGE_BODY_BYTES = 131_072  # takes 1 ms to check
-BODIES_BYTES = 64 * 1024 * 1024  # the limit for the sum of the larger ones
-UNSENT_BYTES = 64 * 1024 * 1024  # of answers; over it, the client that has not read for the longest time has to go
-DISCARDED_BYTES = 64 * 1024 * 1024  # read after a refusal, for a client that has to send all before it reads why
-STUCK_S = 0.020  # after this time in a COMMIT, the other thread becomes the loop
-SLOW_S = 0.100  # after a COMMIT that took longer, the other thread runs the next POSTs
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-DRAIN_S = BUSY_TIMEOUT_S + 1  # how long a server that was told to stop waits for the requests in flight
-
-
-class Server:
-    """waitress's sockets, and a loop that runs POSTs itself while the disk is quick.
-
-    Two threads take turns. One is the loop: it waits for the sockets, and runs the POSTs that have come in. The other
-    stands by. When a COMMIT takes longer than STUCK_S (a slow disk, a lock that somebody holds), the one that stands by
-    becomes the loop, so that no write stops a read. The first writes what waits, and then stands by. As long as COMMITs
-    are slow, or for a large body, the loop leaves POSTs to the other thread. GETs have threads of their own.
-    """
-
-    def __init__(self, app: Callable, settings: Settings, posts: WaitingPosts, authenticate: Callable):
-        self.max_body = settings.max_body
-        self._authenticate = authenticate
-        self._posts = posts
-        self._reads: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._unread: deque[Channel] = deque()  # their clients sent a request before they took the last answer
-        self._map: dict[int, Any] = {}
-        self._calls: SimpleQueue[None] = SimpleQueue()  # wakes the thread that stands by
-        self._watched = False  # does the thread that stands by look at the clock?
-        self._loop = 0  # the thread that is the loop
-        self._running = threading.Lock()  # held by the thread that runs POSTs
-        self._hand_over = False  # are there POSTs that take long even on a quick disk?
-        self._stopping = False
-        self._drained_at = 0.0
-        self._ended = threading.Event()
-        self._listeners = listeners(app, settings, self, self._map)
-        self.port = self._listeners[0].effective_port  # which the system has chosen if 0 was asked for
-        for _ in range(settings.threads):
-            threading.Thread(target=self._read, daemon=True).start()
-
-    def run(self) -> None:
-        """Serve until one of STOP_SIGNALS comes, which all threads have to block; let the requests in flight finish."""
-        # The stack holds a whole group: about 20 frames for each request, and its JSON on top.
-        sys.setrecursionlimit(max(sys.getrecursionlimit(), 40 * LARGEST_GROUP + 2 * MAX_DEPTH))
-        for is_first in (True, False):
-            threading.Thread(target=self._take_turns, args=(is_first,), daemon=True).start()
-        signal.sigwait(STOP_SIGNALS)
-        self._stopping = True
-        self._wake_loop()
-        self._ended.wait()
-
-    def add_task(self, channel: "Channel") -> None:
-        """Take a connection whose next request has come in whole; waitress calls this."""
-        if channel.lingers:  # whatever stands behind a request that was refused
-            channel.requests.clear()
-            return
-        request = channel.requests[0]
-        if channel.total_outbufs_len:
-            self._unread.append(channel)
-        elif request.command == "POST" and not request.problem:
-            self._hand_over |= request.held > LARGE_BODY_BYTES or "CONTENT_ENCODING" in request.headers
-            self._posts.add(channel.service, request.arrived)
-        else:
-            self._reads.put(channel.service)
-
-    def answered(self) -> None:
-        """Wake the loop: a connection can take its next request, or has more to send. waitress calls this."""
-        if threading.get_ident() not in (self._loop, self._posts.thread):
-            self._wake_loop()
-
-    def sends(self) -> bool:
-        """May this thread send? A thread that runs POSTs beside the loop would fight for the GIL after each send()."""
-        return threading.get_ident() == self._loop or threading.get_ident() != self._posts.thread
-
-    def admit(self, request: "Parser") -> None:
-        """Note whose request it is that has a body; Problem if there is no token or the body is too large."""
-        request.client = self._authenticate(request.headers.get("AUTHORIZATION"))
-        request.admitted = time.monotonic()
-        self.require_room(request.length)
-
-    def require_room(self, size: int, held: int = 0) -> None:
-        """Raise Problem if a body of this size in bytes is too large, or if too much of bodies is held already."""
-        if size > self.max_body:
-            raise too_large(self.max_body)
-        if held > SMALL_BODY_BYTES:
-            requests = [each for channel in self._channels() for each in (channel.request, *channel.requests) if each]
-            if sum(each.held for each in requests) > max(BODIES_BYTES, 4 * self.max_body):
-                raise Problem(503, "Too many large bodies are on their way.")
-
-    def _channels(self) -> list["Channel"]:
-        return [channel for listener in self._listeners for channel in list(listener.active_channels.values())]
-
-    def _take_turns(self, is_loop: bool) -> None:
-        me = threading.get_ident()
-        self._loop = me if is_loop else self._loop
-        while not self._ended.is_set():
-            run_safely(self._turn if self._loop == me else self._stand_by)
-            if self._stopping and self._loop == me:
-                run_safely(self._drain)
-
-    def _turn(self) -> None:
-        """Read and send what there is, then see that POSTs are run."""
-        at_once = self._posts and not self._running.locked()
-        poll2(0.0 if at_once else 0.1 if self._stopping else 1.0, self._map)
-        for _ in range(len(self._unread)):
-            channel = self._unread.popleft()
-            channel.will_close |= channel.last_activity < time.time() - channel.adj.channel_timeout
-            self.add_task(channel)
-        if self._posts and (self._hand_over or self._posts.last_commit_s > SLOW_S or not self._run_posts()):
-            self._calls.put(None)
-        self._hand_over = False
-
-    def _run_posts(self) -> bool:
-        """Run the POSTs that wait, in the loop for STUCK_S at most; False if another thread does that already."""
-        if not self._running.acquire(blocking=False):
-            return False
-        until = time.monotonic() + STUCK_S
-        try:
-            while self._posts and (time.monotonic() < until or threading.get_ident() != self._loop):
-                if not self._watched:
-                    self._watched = True
-                    self._calls.put(None)
-                self._posts.run_group()
-                if threading.get_ident() != self._loop:
-                    self._wake_loop()
-        finally:
-            self._running.release()
-        return True
-
-    def _stand_by(self) -> None:
-        """Wait for POSTs that the loop does not run itself, and for a COMMIT in which it is stuck."""
-        with contextlib.suppress(Empty):
-            self._calls.get(timeout=STUCK_S if self._watched else None)
-        if self._posts and self._run_posts():
-            return
-        began = self._posts.commit_began
-        if began and time.monotonic() > began + STUCK_S:
-            self._loop = threading.get_ident()
-        elif not self._running.locked():
-            self._watched = False
-
-    def _drain(self) -> None:
-        """Take no more connections, and end when the requests in flight have their answers, or after DRAIN_S."""
-        if not self._drained_at:
-            self._drained_at = time.monotonic() + DRAIN_S
-            for listener in self._listeners:
-                accept_all(listener)
-                listener.del_channel()
-                listener.socket.close()
-            return  # what has come already is read first
-        busy = [channel for channel in self._channels() if channel.finish_or_close()]
-        if not busy or time.monotonic() > self._drained_at:
-            self._ended.set()
-            self._calls.put(None)
-
-    def _read(self) -> None:
-        while True:
-            request = self._reads.get()
-            unsent = [each for each in self._channels() if each.total_outbufs_len and not each.will_close]
-            unsent.sort(key=lambda each: each.last_activity, reverse=True)
-            while sum(each.total_outbufs_len for each in unsent) > UNSENT_BYTES:
-                unsent.pop().will_close = True
-                self._wake_loop()
-            run_safely(request)
-
-    def _wake_loop(self) -> None:
-        self._listeners[0].trigger.pull_trigger()
-
-
-# ==================== Repairs of waitress 3.0.2: each can go when a release does the same ===========
+# ==================== In place of waitress 3.0.2: how HTTP is read and written ====================
 
 # RFC 9112, 2 to 5. Possessive quantifiers take one pass; waitress's expressions take 29 s for 16 KB of `GET a://111…`.
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
@@ -1805,13 +1729,15 @@ TARGET = re.compile(rb"(?:https?://(?![:/?])%b|(?=[/*]))(\*|/[^?#]*+)?(?:\?([^#]
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*+;[\t -~\x80-\xff]*+)?\r\n")
 TRAILER_LINE = re.compile(FIELD_LINE)
 MAX_LINE_BYTES = 1024  # of a chunk or a trailer
+RECEIVE_BYTES = 65_536
 
 
-def listeners(app: Callable, settings: Settings, server: Server, sockets: dict[int, Any]) -> list[BaseWSGIServer]:
-    """Return waitress's listening sockets, repaired; OSError or ValueError if there is no such address to be had."""
-    where = {"listen": settings.listen}
-    if settings.listen.startswith("unix:"):
-        path = settings.listen.removeprefix("unix:")
+def listeners(server: Server) -> list[BaseWSGIServer]:
+    """Return waitress's listening sockets; OSError or ValueError if there is no such address to be had."""
+    listen = server.settings.listen
+    where = {"listen": listen}
+    if listen.startswith("unix:"):
+        path = listen.removeprefix("unix:")
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as other, contextlib.suppress(OSError):
             other.connect(path)
             raise ValueError("another process listens there")  # waitress would take its place
@@ -1821,21 +1747,11 @@ def listeners(app: Callable, settings: Settings, server: Server, sockets: dict[i
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    create_server(
-        app,
-        map=sockets,
-        _dispatcher=server,
-        connection_limit=CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - 64)),
-        clear_untrusted_proxy_headers=False,  # nothing here reads them
-        outbuf_high_watermark=sys.maxsize,  # over this a thread would wait for a client
-        ident="Inlet",
-        url_prefix=settings.prefix,
-        **where,
-    )
-    found = [each for each in sockets.values() if isinstance(each, BaseWSGIServer)]
+    limit = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - 64))
+    create_server(server.app, map=server.sockets, _dispatcher=server, connection_limit=limit, **where)
+    found = [each for each in server.sockets.values() if isinstance(each, BaseWSGIServer)]
     for listener in found:
-        listener.channel_class = Channel
-        listener.pull_trigger = server.answered
+        listener.maintenance = server.close_idle
         listener.handle_accept = lambda listener=listener: accept_all(listener)
     return found
 
@@ -1844,138 +1760,197 @@ def accept_all(listener: BaseWSGIServer) -> None:
     """Accept all who wait. waitress accepts one in a turn of its loop, so that the 256th waited for a second."""
     try:
         while len(listener._map) < listener.adj.connection_limit:
-            connection, address = listener.socket.accept()
-            listener.set_socket_options(connection)
-            Channel(listener, connection, listener.fix_addr(address), listener.adj, map=listener._map)
+            sock, address = listener.socket.accept()
+            listener.set_socket_options(sock)
+            Connection(listener.task_dispatcher, sock, listener.fix_addr(address)[0])
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             log.warning("no connection can be accepted: %s", error)
             time.sleep(0.1)  # or the loop would try without a pause
 
 
-class Body:
-    """The body of a request as it comes in: length bytes, or chunks if that is None (RFC 9112, 6 and 7.1).
+class Connection(dispatcher):
+    """A client's connection. Its requests are run one after the other; while one is run, nothing more is read.
 
-    waitress accepts malformed chunk lines and trailers.
+    In waitress's own class threads share buffers, an answer over 1 MiB is a temporary file, and over 16 MiB a thread
+    waits for the client.
     """
 
-    def __init__(self, length: int | None):
-        self.content = io.BytesIO()
-        self.complete = self.broken = False
-        self._left = length or 0  # bytes of the chunk
-        self._next = "size" if length is None else "end of body"
-        self._line = b""
+    def __init__(self, server: Server, sock: socket.socket, address: str):
+        self.server = server
+        self.address = address
+        self.active_at = time.monotonic()
+        self.request: Request | None = None  # whose body is awaited, or that is run
+        self.running = False
+        self.output = bytearray()  # what the client has not taken yet
+        self._input = b""  # what has not been understood yet
+        self._lingers = False  # after the last answer
+        self._discarded = 0  # bytes
+        super().__init__(sock, server.sockets)
+        self.connected = True
 
-    def take(self, data: bytes) -> int:
-        """Take in what belongs to this body; return how many bytes did."""
-        at = 0
-        while at < len(data) and not self.complete and not self.broken:
-            if self._left:
-                piece = data[at : at + self._left]
-                self._left -= len(piece)
-                at += len(piece)
-                self.content.write(piece)
-                self.complete = not self._left and self._next == "end of body"
-            else:
-                end = data.find(b"\n", at) + 1 or len(data)
-                self._line += data[at:end]
-                at = end
-                if self._line.endswith(b"\n") or len(self._line) > MAX_LINE_BYTES:
-                    self._take_line(self._line[:MAX_LINE_BYTES])
-                    self._line = b""
-        return at
+    def readable(self) -> bool:
+        return self._lingers or not (self.running or self.output)
 
-    def _take_line(self, line: bytes) -> None:
-        if self._next == "size" and (size := CHUNK_LINE.fullmatch(line)):
-            self._left = int(size[1], 16)
-            self._next = "end of chunk" if self._left else "trailer"
-        elif self._next == "end of chunk" and line == b"\r\n":
-            self._next = "size"
-        elif self._next == "trailer" and line == b"\r\n":
-            self.complete = True
-        elif self._next != "trailer" or not TRAILER_LINE.fullmatch(line):
-            self.broken = True
+    def writable(self) -> bool:
+        return bool(self.output)
 
+    def is_busy(self) -> bool:
+        """Is there a request or an answer that is unfinished?"""
+        return bool(self.running or self.request or self.output or (self._input and not self._lingers))
 
-@lru_cache(maxsize=1024)
-def header_name(name: bytes) -> str:
-    """Return the name of a header as WSGI spells it; empty if it has a "_", which stands for "-" there."""
-    return "" if b"_" in name else name.decode().upper().replace("-", "_")
-
-
-class Parser(HTTPRequestParser):
-    """A request, read strictly: what two servers in a row could understand differently is refused (RFC 9112, 11.2).
-
-    Whether it may send a body is decided when the head is there. waitress takes in the whole body first.
-    """
-
-    body: Body | None = None
-    length = 0  # bytes that the body will have, if its head says so
-    held = 0  # bytes of it that are here
-    client: Client | None = None  # whose request it was when its head came
-    admitted = 0.0  # and when that was
-    problem: Problem | None = None  # why the request is refused
-    command, path, query, request_uri, url_scheme, version = "GET", "/", "", "/", "http", "1.1"
-
-    def __init__(self, adj: Any, server: Server):
-        super().__init__(adj)
-        self._server = server
-        self.arrived = time.monotonic()
-
-    def received(self, data: bytes) -> int:
-        """Take in what belongs to this request; return how many bytes did."""
-        if self.headers_finished:
-            return self._receive_body(data)
-        self.header_plus = (self.header_plus + data).lstrip(b"\r\n")  # empty lines before a request: RFC 9112, 2.2
-        head, end, rest = self.header_plus.partition(b"\r\n\r\n")
-        self.empty = self.completed = not head
+    def handle_read(self) -> None:
         try:
-            if len(head) > MAX_HEAD_BYTES:
-                raise Problem(431, f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
-            if end:
-                self.headers_finished = True
-                self.parse_header(head + b"\r\n")
-                if self.body:
-                    self._server.admit(self)
-                self.completed = not self.body
+            data = self.recv(RECEIVE_BYTES)  # which closes if the client has
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                self.close()
+            return
+        self.active_at = time.monotonic()
+        if self._lingers:
+            self._discarded += len(data)
+            if self._discarded > DISCARDED_BYTES:
+                self.close()
+        elif data:
+            self._input += data
+            self._understand()
+
+    def _understand(self) -> None:
+        """Read a request as far as it has come, and let it be run when it is whole."""
+        try:
+            if not self.request and not self._read_head():
+                return
+            request, body = self.request, self.request.body
+            if body:
+                self._input = body.take(self._input)
+                self.server.require_room(body.held, body.held)
+                if not body.complete:
+                    return
+                request.headers["CONTENT_LENGTH"] = str(body.held)
+            request.arrived_at = time.monotonic()
+            self.running = True
+            self.server.add(request)
         except Problem as problem:
-            self._refuse(problem)
-        return len(data) - len(rest)
+            self.request = self.request or Request(self)
+            self.request.keeps_alive, self.request.body = False, None
+            self.request.answer = problem.answer()
+            self.answer(self.request)
 
-    def _refuse(self, problem: Problem) -> None:
-        self.problem, self.completed, self.expect_continue = problem, True, False
-        self.body, self.held = None, 0
-        self.version, self.headers["CONNECTION"] = "1.1", ""  # or waitress would close at once; see Channel.linger
+    def _read_head(self) -> bool:
+        """Read the head of a request; False if it has not come whole. Whether it may have a body is decided here."""
+        self._input = self._input.lstrip(b"\r\n")  # empty lines before a request: RFC 9112, 2.2
+        head, end, rest = self._input.partition(b"\r\n\r\n")
+        if len(head) > MAX_HEAD_BYTES:
+            raise Problem(431, f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
+        if not end:
+            return False
+        self._input, self.request = rest, Request(self)
+        self.request.read_head(head + b"\r\n")
+        if self.request.body:
+            self.request.client = self.server.authenticate(self.request.headers.get("HTTP_AUTHORIZATION"))
+            self.request.admitted_at = time.monotonic()
+            self.server.require_room(self.request.length, 0)
+            if self.request.expects_continue:
+                self.output += b"HTTP/1.1 100 Continue\r\n\r\n"
+                self.handle_write()
+        return self.connected
 
-    def parse_header(self, head: bytes) -> None:
+    def answer(self, request: "Request") -> None:
+        """Send the answer of a request, then read the next one. After the last one, close for sending, but read on.
+
+        To close on a client that still sends would take the answer from it.
+        """
+        if not self.connected:
+            return
+        self._lingers = not request.keeps_alive or self.server.stopping
+        status, headers, content = answer_to(request.entry, request.url) if request.entry else request.answer
+        lines = [f"HTTP/1.1 {status}", *(f"{name.title()}: {value}" for name, value in headers), "Server: Inlet"]
+        lines.append(f"Date: {http_date(int(time.time()))}")
+        if request.method != "HEAD":
+            lines.append(f"Content-Length: {len(content)}")
+        if self._lingers or request.version == "1.0":
+            lines.append("Connection: close" if self._lingers else "Connection: keep-alive")
+        self.request, self.running = None, False
+        if len(content) > SMALL_BYTES:
+            self.server.make_room()
+        self.output += "\r\n".join([*lines, "", ""]).encode("latin-1")
+        self.output += content
+        self.handle_write()
+
+    def handle_write(self) -> None:
+        """Send what the client takes at this moment. When that was all, read the next request."""
+        try:
+            sent = self.send(self.output)  # which closes if the client has
+        except OSError:
+            self.close()
+            return
+        del self.output[:sent]
+        if sent:
+            self.active_at = time.monotonic()
+        if self.connected and not self.output:
+            if self._lingers:
+                with contextlib.suppress(OSError):
+                    self.socket.shutdown(socket.SHUT_WR)
+            elif self._input and not self.request:
+                self._understand()
+
+    def handle_close(self) -> None:
+        self.close()
+
+    handle_expt = handle_close  # urgent data has no place in HTTP, and poll() would report it for ever
+
+    def close(self) -> None:
+        super().close()
+        self.output.clear()
+
+    def is_abandoned(self) -> bool:
+        """Has the client closed its side, and sent nothing more before that? Any thread may ask."""
+        try:
+            return self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except (OSError, AttributeError):  # closed here
+            return True
+
+
+class Request:
+    """A request, read strictly: what two servers in a row could understand differently is refused (RFC 9112, 11.2)."""
+
+    method, version = "", "1.1"
+    keeps_alive = True
+    expects_continue = False
+    length = 0  # bytes that the body will have, if the head says so
+    body: "Body | None" = None
+    client: Client | None = None  # whose request it is, if it has a body
+    admitted_at = 0.0  # when that was found out
+    arrived_at = 0.0  # when it had come in whole
+    entry: Entry | None = None
+
+    def __init__(self, connection: Connection):
+        self.connection = connection
+        self.headers: dict[str, str] = {}  # by their names in WSGI
+        self.answer: Answer | None = None
+
+    def read_head(self, head: bytes) -> None:
         """Read the request line and the headers; Problem 400 or 501."""
         match = HEAD.fullmatch(head)
         target = match and TARGET.fullmatch(match[2])
         if not target:
             raise Problem(400, "The request is not well-formed HTTP/1.1.")
-        self.command, self.request_uri, self.version = match[1].decode(), match[2].decode(), f"1.{match[3].decode()}"
-        if not self.command.isupper():  # methods are case-sensitive, but not in waitress
-            raise Problem(501, "No path here takes this method.")
-        self.path = unquote_to_bytes(target[1] or b"/").decode("latin-1")
-        self.query = (target[2] or b"").decode()
+        self.method, self.version = match[1].decode(), f"1.{match[3].decode()}"
+        self.path, self.query = unquote_to_bytes(target[1] or b"/").decode("latin-1"), (target[2] or b"").decode()
         headers = self.headers
         for line in match[4].split(b"\r\n")[:-1]:
             name, _, value = line.partition(b":")
-            if key := header_name(name):
+            if key := wsgi_name(name):
                 text = value.strip(b" \t").decode("latin-1")
                 headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        if not HOST_FIELD.fullmatch(headers.get("HOST", "" if self.version == "1.0" else " ").encode("latin-1")):
+        if not HOST_FIELD.fullmatch(headers.get("HTTP_HOST", "" if self.version == "1.0" else " ").encode("latin-1")):
             raise Problem(400, "A request has one Host.")
-        options = {option.strip(" \t").lower() for option in headers.get("CONNECTION", "").split(",")}
-        headers["CONNECTION"] = "close" if "close" in options else "keep-alive" if "keep-alive" in options else ""
-        self._expect_body()
-        expects = self.version == "1.1" and headers.get("EXPECT", "").lower() == "100-continue"
-        self.expect_continue = expects and self.body is not None
-
-    def _expect_body(self) -> None:
-        """Find out how long the body is; RFC 9112, 6.3."""
-        length, coding = self.headers.get("CONTENT_LENGTH"), self.headers.pop("TRANSFER_ENCODING", None)
-        if coding is not None:
+        options = {option.strip(" \t").lower() for option in headers.get("HTTP_CONNECTION", "").split(",")}
+        self.keeps_alive = "close" not in options and (self.version == "1.1" or "keep-alive" in options)
+        length, coding = headers.get("CONTENT_LENGTH"), headers.pop("HTTP_TRANSFER_ENCODING", None)
+        if coding is not None:  # RFC 9112, 6.3
             codings = [each.strip(" \t").lower() for each in coding.split(",")]
             if length is not None or self.version == "1.0" or "" in codings or "chunked" in codings[:-1]:
                 raise Problem(400, "It is not clear where the body ends.")
@@ -1987,141 +1962,123 @@ class Parser(HTTPRequestParser):
                 raise Problem(400, "Content-Length is not a number of bytes.")
             self.length = int(length)
             self.body = Body(self.length) if self.length else None
+        self.expects_continue = self.version == "1.1" and headers.get("HTTP_EXPECT", "").lower() == "100-continue"
 
-    def _receive_body(self, data: bytes) -> int:
-        taken = self.body.take(data)
-        self.held = self.body.content.tell()
+    def run(self) -> None:
+        """Run the app. The answer goes to the loop: at once, or when the message of this request has been stored."""
+        answer = []
+
+        def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+            answer[:] = status, headers
+
         try:
-            if self.body.broken:
-                raise Problem(400, "The chunks of the body are malformed.")
-            self._server.require_room(self.held, self.held)
-        except Problem as problem:
-            self._refuse(problem)
-            return taken
-        if self.body.complete:
-            self.completed, self.arrived = True, time.monotonic()
-            self.headers["CONTENT_LENGTH"] = str(self.held)
-        return taken
+            content = b"".join(self.connection.server.app(self.environ(), start_response))
+            status, headers = answer
+            if self.method != "HEAD":
+                headers = [header for header in headers if header[0].lower() != "content-length"]
+            self.answer = status, headers, content
+        except Exception:
+            log.exception("the app failed")
+            self.answer, self.keeps_alive = Problem(500, UNKNOWN_OUTCOME).answer(), False
+        if not self.entry:
+            self.connection.server.finish(self)
 
-    def get_body_stream(self) -> io.BytesIO:
-        """Return the body for wsgi.input."""
-        content = self.body.content if self.body else io.BytesIO()
-        content.seek(0)
-        return content
+    def environ(self) -> dict[str, Any]:
+        """Return the environment of WSGI (PEP 3333), with what is known of the request."""
+        connection, path = self.connection, self.path
+        prefix = connection.server.settings.prefix
+        if prefix and (path + "/").startswith(prefix + "/"):
+            path = path[len(prefix) :]
+        environ = {
+            "REQUEST_METHOD": self.method,
+            "SCRIPT_NAME": prefix,
+            "PATH_INFO": path,
+            "QUERY_STRING": self.query,
+            "SERVER_NAME": "localhost",
+            "SERVER_PORT": str(connection.server.port),
+            "SERVER_PROTOCOL": f"HTTP/{self.version}",
+            "REMOTE_ADDR": connection.address,
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": self.body.content if self.body else io.BytesIO(),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+            "inlet.arrived_at": self.arrived_at,
+            "inlet.is_abandoned": connection.is_abandoned,
+            "inlet.put": self.put,
+        }
+        if time.monotonic() < self.admitted_at + CLIENTS_REFRESH_S:
+            environ["inlet.client"] = self.client
+        return environ | self.headers
 
-    def close(self) -> None:
-        self.body, self.held = None, 0
+    def put(self, entry: Entry, url: str) -> None:
+        """Put a message into the queue of the store. Its result is the answer."""
+        self.entry, self.url, entry.then = entry, url, self.go_on
+        self.connection.server.store.put(entry)
+
+    def go_on(self) -> None:
+        """Take note that the entry has its result, or that nobody writes. The store calls this in any thread."""
+        if self.entry.result:
+            self.connection.server.finish(self)
+        else:
+            self.connection.server.wake()
 
 
-class Task(WSGITask):
-    """The run of one request."""
+class Body:
+    """The body of a request as it comes in: length bytes, or chunks if that is None (RFC 9112, 6 and 7.1)."""
 
-    def get_environment(self) -> dict[str, Any]:
-        """Return the WSGI environment with what is known: when the request came, whose it is, why it is refused."""
-        environ, request = super().get_environment(), self.request
-        environ["inlet.arrived"] = request.arrived
-        if time.monotonic() < request.admitted + CLIENTS_REFRESH_S:
-            environ["inlet.client"] = request.client
-        environ["inlet.problem"] = request.problem
-        return environ
+    def __init__(self, length: int | None):
+        self.content = io.BytesIO()
+        self.held = 0  # bytes
+        self.complete = False
+        self._left = length or 0  # bytes of the chunk
+        self._next = "size" if length is None else "end of body"
+        self._line = b""
 
-    def start(self) -> None:
-        super().start()
-        if self.request.problem:
-            self.response_headers.append(("Connection", "close"))
+    def take(self, data: bytes) -> bytes:
+        """Take in what belongs to this body and return the rest; Problem 400 if a chunk is malformed."""
+        while data and not self.complete:
+            if self._left:
+                piece, data = data[: self._left], data[self._left :]
+                self._left -= len(piece)
+                self.held += self.content.write(piece)
+                self.complete = not self._left and self._next == "end of body"
+            else:
+                piece, end, data = data.partition(b"\n")
+                self._line += piece + end
+                if len(self._line) > MAX_LINE_BYTES:
+                    raise Problem(400, "A line between the chunks of the body is too long.")
+                if end:
+                    self._take_line(self._line)
+                    self._line = b""
+        if self.complete:
+            self.content.seek(0)
+        return data
 
-    def finish(self) -> None:
-        super().finish()
-        self.channel.flush()
-        if self.request.problem:
-            self.channel.linger()
+    def _take_line(self, line: bytes) -> None:
+        if self._next == "size" and (size := CHUNK_LINE.fullmatch(line)):
+            self._left = int(size[1], 16)
+            self._next = "end of chunk" if self._left else "trailer"
+        elif self._next == "end of chunk" and line == b"\r\n":
+            self._next = "size"
+        elif self._next == "trailer" and line == b"\r\n":
+            self.complete = True
+        elif self._next != "trailer" or not TRAILER_LINE.fullmatch(line):
+            raise Problem(400, "The chunks of the body are malformed.")
 
 
-class Channel(HTTPChannel):
-    """A connection. Its unsent answer stays in memory, and is sent in one piece when it is complete.
+@lru_cache(maxsize=1024)
+def wsgi_name(header: bytes) -> str:
+    """Return the name that WSGI has for a header; empty if it has a "_", which stands for "-" there."""
+    name = header.decode().upper().replace("-", "_")
+    return "" if b"_" in header else name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
 
-    waitress sends the head alone, makes a temporary file of an answer over 1 MiB, and lets threads wait over 16 MiB.
-    """
 
-    task_class = Task
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self._unsent = bytearray()
-        self.lingers = False
-        self._discarded = 0  # bytes
-
-    def parser_class(self, adj: Any) -> Parser:
-        return Parser(adj, self.server.task_dispatcher)
-
-    def readable(self) -> bool:
-        """May more be read? A connection that has to go is closed here: poll() may never find it writable."""
-        if self.will_close:
-            self.handle_close()
-        return super().readable()
-
-    def write_soon(self, data: bytes) -> int:
-        """Add to the answer."""
-        with self.outbuf_lock:
-            if not self.connected:
-                raise ClientDisconnected
-            self._unsent += data
-            self.total_outbufs_len = len(self._unsent)
-        return len(data)
-
-    def flush(self) -> None:
-        """Send what the client takes at this moment, if this thread sends; the loop sends the rest."""
-        if self.server.task_dispatcher.sends():
-            self._flush_exception(self._flush_some, do_close=False)
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        with self.outbuf_lock:  # waitress's loop comes here without it
-            sent = self.send(self._unsent, do_close=do_close) if self._unsent and self.connected else 0
-            del self._unsent[:sent]
-            self.total_outbufs_len = len(self._unsent)
-        if sent:
-            self.last_activity = time.time()
-        return bool(sent)
-
-    def handle_expt(self) -> None:
-        """Close: urgent data has no place in HTTP, and poll() would report it for ever."""
-        self.handle_close()
-
-    def linger(self) -> None:
-        """Close for sending, but read on: to close on a client that still sends would take the answer from it."""
-        self.lingers = True
-        self.close_when_flushed = bool(self._unsent)
-        if self.connected and not self._unsent:
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_WR)
-
-    def received(self, data: bytes) -> bool:
-        if not self.lingers:
-            return super().received(data)
-        self._discarded += len(data)
-        self.will_close = self._discarded > DISCARDED_BYTES
-        return True
-
-    def send_continue(self) -> None:
-        """Say 100 Continue; waitress's own writes into its own buffers."""
-        self.request.expect_continue = False
-        self.sent_continue = True
-        self.write_soon(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.flush()
-
-    def check_client_disconnected(self) -> bool:
-        """Has the client closed its side, and sent nothing more before that?"""
-        try:
-            return not self.connected or self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def finish_or_close(self) -> bool:
-        """Return True while a request or an answer is unfinished; otherwise mark the connection for closing."""
-        self.close_when_flushed = self.close_when_flushed or not (self.requests or self.request)
-        return bool(self.requests or self.request or self.total_outbufs_len)
+@lru_cache(maxsize=1)
+def http_date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)
 
 
 # ==================== migrate and backup ============================================================
@@ -2389,12 +2346,12 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads: run() waits for them
-    token, posts = secrets.token_urlsafe(32), WaitingPosts()
-    store = Store(settings.database, read_schema(settings.schema), while_waiting=posts.while_waiting)
+    token = secrets.token_urlsafe(32)
+    store = Store(settings.database, read_schema(settings.schema))
     is_new = store.open(token)
     clients = Clients(store)
     try:
-        server = Server(create_app(store, clients, settings.max_body), settings, posts, clients.authenticate)
+        server = Server(create_app(store, clients, settings.max_body), settings, store, clients.authenticate)
     except (OSError, ValueError) as error:
         raise SetupError(f"cannot listen on {settings.listen}: {error}") from None
     host, _, port = settings.listen.rpartition(":")

@@ -101,7 +101,6 @@ def open_store(tmp_path):
 
     def open_it(sql=SCHEMA, **options):
         (tmp_path / "schema.sql").write_text(sql)
-        options = {"while_waiting": lambda _: append_next(store)} | options
         store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"), **options)
         if store.open():
             add_tester(tmp_path / "inlet.db")
@@ -282,19 +281,12 @@ def append(store, stream, body, key=None):
     return store.append(entry(store, stream, body, key=key)).first_id
 
 
-LEFT = []  # what commit_together has still to append
-
-
-def append_next(store):
-    if LEFT:
-        with contextlib.suppress(service.Problem):
-            store.append(LEFT.pop(0))
-
-
 def commit_together(store, *entries):
     """Gives all of these one COMMIT, as a server does; returns of each its first id, or the status of its refusal."""
-    LEFT.extend(entries)
-    append_next(store)
+    for each in entries:
+        each.then = lambda: None
+        store.put(each)
+    store.write()
     return [getattr(each.result, "status", None) or each.result.first_id for each in entries]
 
 

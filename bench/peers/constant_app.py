@@ -50,9 +50,12 @@ def serve_with_inlet(app):
     import service
 
     # What a Server can be made of; each version takes those that its constructor names. An older one wants a store.
-    parts = {"app": app, "store": types.SimpleNamespace(), "settings": service.Settings(listen=LISTEN)}
-    if hasattr(service, "WaitingPosts"):
-        parts |= {"posts": service.WaitingPosts(), "authenticate": lambda authorization: None}
+    parts = {
+        "app": app,
+        "store": types.SimpleNamespace(queue=[]),
+        "settings": service.Settings(listen=LISTEN),
+        "authenticate": lambda authorization: None,
+    }
     wanted = inspect.signature(service.Server).parameters
     if hasattr(service, "STOP_SIGNALS"):
         signal.pthread_sigmask(signal.SIG_BLOCK, service.STOP_SIGNALS)
