@@ -75,8 +75,8 @@ from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from queue import LifoQueue, SimpleQueue
+from typing import IO, Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlencode
 
 import falcon
@@ -132,28 +132,22 @@ class LazyApplication:
     """
 
     def __init__(self) -> None:
-        self._apps: list[falcon.App] = []
-        self._start_anew()
-        # No fork while the app is made: the child would inherit locks of SQLite that no thread of it releases.
-        os.register_at_fork(
-            before=lambda: self._lock.acquire(),
-            after_in_parent=lambda: self._lock.release(),
-            after_in_child=self._start_anew,
-        )
-
-    def _start_anew(self) -> None:
-        # _apps keeps the app of a forked child's parent, so that Python does not close its connections: that can hang.
-        self._app: falcon.App | None = None
+        # By process. What a fork's child inherits stays here: Python would close its connections, and that can hang.
+        self._apps: dict[int, falcon.App] = {}
         self._lock = threading.Lock()
+        # No fork while the app is made: the child would inherit locks of SQLite that no thread of it releases.
+        unlock = self._lock.release
+        os.register_at_fork(before=self._lock.acquire, after_in_parent=unlock, after_in_child=unlock)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         try:
-            return (self._app or self._make(environ))(environ, start_response)
+            app = self._apps.get(os.getpid()) or self._make(environ)
         except SetupError as error:
             log.critical("%s", error)
             status, headers, content = Problem(503, "The service is not set up; its log says why.").answer()
             start_response(status, headers)
             return [content]
+        return app(environ, start_response)
 
     def _make(self, environ: dict[str, Any]) -> falcon.App:
         if "uwsgi.version" in environ:
@@ -162,13 +156,12 @@ class LazyApplication:
             if not {"enable-threads", "threads"} & {os.fsdecode(name) for name in uwsgi.opt}:
                 raise SetupError("uWSGI runs no threads of Python: set enable-threads = true")
         with self._lock:
-            if self._app is None:
+            if os.getpid() not in self._apps:
                 settings = settings_from({})
                 store = Store(settings.database, read_schema(settings.schema))
                 store.open()
-                self._app = create_app(store, Clients(store), settings.max_body)
-                self._apps.append(self._app)
-            return self._app
+                self._apps[os.getpid()] = create_app(store, Clients(store), settings.max_body)
+            return self._apps[os.getpid()]
 
 
 application = LazyApplication()
@@ -568,7 +561,7 @@ class Entry:
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
     line: int = 1  # of the batch: the one that is being inserted
     result: Stored | Problem | None = None
-    then: Callable[[], None] | None = None  # called when there is a result, or when nobody writes any more
+    then: Callable[["Entry"], None] | None = None  # called when there is a result, or when nobody writes any more
     wake: Any = None  # for a thread that waits: a lock that is released when there is a result, or when it has to write
     leads: bool = False  # does this thread write?
 
@@ -683,7 +676,7 @@ class Store:
                     heir.wake.release()
                 rest = [] if heir else self.queue[:1]
             for waiting in rest:
-                waiting.then()
+                waiting.then(waiting)
 
     def _write_group(self) -> None:
         """Write everything that is queued with one COMMIT. If that fails, all of it fails."""
@@ -711,7 +704,7 @@ class Store:
                 for entry, result in zip(group, results or [storage_problem(failure) for _ in group], strict=True):
                     entry.result = result
                     if entry.then:
-                        entry.then()
+                        entry.then(entry)
                     elif entry.wake and entry.wake.locked():
                         entry.wake.release()
 
@@ -839,6 +832,7 @@ def condition(stream: Stream, column: str, value: str) -> str:
 
 # ==================== The engine: open, commit, query and close one SQLite file =====================
 
+SLOTS = 1024  # more than a server has threads
 LARGE_WAL_BYTES = 16 * 1024 * 1024  # it is about 4 MiB if no reader stays for long
 SQLITE_STEPS = 10_000  # between two looks at the clock: less than 10 ms
 
@@ -870,34 +864,19 @@ def poll(attempt: Callable[[], Any], deadline: float, holder: str) -> None:
         pause_s = min(1.2 * pause_s, 0.002)
 
 
-class WriteLock:
-    """The turn to write, among processes: two flocks on files of their own beside the database.
+@contextlib.contextmanager
+def locked(file: IO, deadline: float) -> Iterator[None]:
+    """Hold the turn to write, among processes, for a block; TimeoutError if it is not to be had by the deadline.
 
-    SQLite polls for its own lock, so that a busy process starves the others; and from 3.7.0 to 3.51.2 two connections
-    that write or checkpoint at the same moment can corrupt a WAL (https://sqlite.org/wal.html). flock(2) knows no time
-    limit, so it is polled for as well, with short pauses. A writer takes the lock -next, then -lock, and then releases
-    -next: a process that has just written cannot pass one that waits for -lock.
+    It is a flock on a file of its own beside the database. SQLite polls for its own lock with pauses that grow, so that
+    a busy process starves the others; and from 3.7.0 to 3.51.2 two connections that write or checkpoint at the same
+    moment can corrupt a WAL (https://sqlite.org/wal.html). flock(2) knows no time limit, so it is polled for as well.
     """
-
-    def __init__(self, database: Path):
-        self._next, self._write = open(f"{database}-next", "ab"), open(f"{database}-lock", "ab")  # noqa: SIM115
-
-    def close(self) -> None:
-        self._next.close()
-        self._write.close()
-
-    @contextlib.contextmanager
-    def held(self, deadline: float) -> Iterator[None]:
-        """Hold the lock for a block; TimeoutError if it is not to be had by the deadline, a time.monotonic()."""
-        try:
-            for file in (self._next, self._write):
-                poll(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline, "another process")  # noqa: B023
-        finally:
-            fcntl.flock(self._next, fcntl.LOCK_UN)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._write, fcntl.LOCK_UN)
+    poll(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB), deadline, "another process")
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
@@ -908,7 +887,11 @@ def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     path, deadline = path.resolve(), time.monotonic() + BUSY_TIMEOUT_S
     if not path.parent.is_dir():
         raise SetupError(f"there is no folder {path.parent} for the database {path.name}")
-    with WriteLock(path).held(deadline), contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db:
+    with (
+        open(f"{path}-lock", "ab") as file,
+        locked(file, deadline),
+        contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db,
+    ):
         yield db
 
 
@@ -918,47 +901,27 @@ class Database:
     def __init__(self, path: Path):
         self.path = path.resolve()  # once: the WAL of a symlinked database stands beside the real file
         self._paths = (str(self.path), f"{self.path}-wal")
-        self._lock: WriteLock | None = None
+        self._lock: IO | None = None
         self._writer: sqlite3.Connection | None = None
         self._files: list = []  # (device, inode) of the database and of its WAL when the writer opened them
-        self._read_file: Any = None  # the same of the database, for the idle readers
         self._wal_is_large = False
-        self._readers: list[sqlite3.Connection] = []  # that nobody uses
-        # Every connection, in use or not: a forked child must not close them, as Python does with what only other
-        # threads refer to.
-        self._connections: set[sqlite3.Connection] = set()
-        # A fork waits until no thread is inside of SQLite: the child would inherit locks that no thread of it releases.
-        self._inside = 0
-        self._forking = False
-        self._gate = threading.Condition()
+        # Connections that read, each with its files: one for each thread that is inside of SQLite, opened by its first
+        # use. A fork takes all of them first. Else the child would inherit locks that no thread of it releases.
+        self._slots: LifoQueue[tuple[sqlite3.Connection | None, list]] = LifoQueue()
+        for _ in range(SLOTS):
+            self._slots.put((None, []))
         os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
 
     def _before_fork(self) -> None:
-        self._gate.acquire()
-        self._forking = True
-        self._gate.wait_for(lambda: not self._inside)
+        self._taken = [self._slots.get() for _ in range(SLOTS)]
 
     def _after_fork(self) -> None:
-        self._forking = False
-        self._gate.notify_all()
-        self._gate.release()
+        for slot in self._taken:
+            self._slots.put(slot)
 
-    def _in_child(self) -> None:
-        self._after_fork()
+    def _in_child(self) -> None:  # _taken stays, so that Python does not close connections of the parent: that can hang
         if self._lock:  # it would stay locked here when the parent dies
             self._lock.close()
-
-    @contextlib.contextmanager
-    def _in_sqlite(self) -> Iterator[None]:
-        with self._gate:
-            self._gate.wait_for(lambda: not self._forking)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._gate:
-                self._inside -= 1
-                self._gate.notify_all()
 
     @contextlib.contextmanager
     def transaction(self, deadline: float) -> Iterator[sqlite3.Connection]:
@@ -967,8 +930,9 @@ class Database:
         A COMMIT that fails has an unknown outcome. Then, and after every other error, the connection is thrown away:
         that rolls back, and nothing is committed twice.
         """
-        self._lock = self._lock or WriteLock(self.path)
-        with self._lock.held(deadline), self._in_sqlite():
+        self._lock = self._lock or open(f"{self.path}-lock", "ab")  # noqa: SIM115
+        with locked(self._lock, deadline):
+            slot = self._slots.get()
             try:
                 db = self._ready_writer(deadline)
                 poll(lambda: db.execute("BEGIN IMMEDIATE"), deadline, "another program")
@@ -979,15 +943,23 @@ class Database:
             except BaseException:
                 self._close_writer()
                 raise
+            finally:
+                self._slots.put(slot)
 
     def close(self) -> None:
         """Close the connections; the WAL goes into the database."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
-        with contextlib.suppress(OSError, sqlite3.Error), WriteLock(self.path).held(deadline):
+        with (
+            contextlib.suppress(OSError, sqlite3.Error),
+            open(f"{self.path}-lock", "ab") as file,
+            locked(file, deadline),
+        ):
             if self._writer:
                 checkpoint(self._writer)
             self._close_writer()
-            self._close_idle_readers()
+            for db, _ in self._slots.queue:
+                if db:
+                    db.close()
 
     def _ready_writer(self, deadline: float) -> sqlite3.Connection:
         """Return the connection that writes, opened again if it is lost or its files are not the ones on disk."""
@@ -997,7 +969,6 @@ class Database:
             if self._files[0] == files[0]:  # what is in a WAL that was removed can be saved when nobody reads it
                 poll(lambda: checkpoint(self._writer, required=True), deadline, "a reader of the removed WAL")
             self._close_writer()
-            self._close_idle_readers()
         if self._wal_is_large != (wal_bytes > LARGE_WAL_BYTES):
             self._wal_is_large = not self._wal_is_large
             now = "has grown: a reader stays open" if self._wal_is_large else "is small again"
@@ -1019,7 +990,6 @@ class Database:
     def _open_writer(self) -> sqlite3.Connection:
         """Open the connection that writes, while no other process does."""
         self._writer = db = connect(self.path, "rw", 1.0)  # never makes a file in place of one that has gone
-        self._connections.add(db)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA journal_size_limit = {LARGE_WAL_BYTES}")  # what a long reader made grow shrinks after
         # After a failed fsync the kernel marks the lost pages as clean (https://lwn.net/Articles/752063/), and a WAL
@@ -1032,43 +1002,24 @@ class Database:
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None
         if writer:
-            self._close(writer)
-
-    def _close_idle_readers(self) -> None:
-        idle, self._readers = self._readers, []
-        for db in idle:
-            self._close(db)
-
-    def _close(self, db: sqlite3.Connection) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            db.close()
-        self._connections.discard(db)
+            with contextlib.suppress(sqlite3.Error):
+                writer.close()
 
     @contextlib.contextmanager
     def reader(self, give_up: Callable[[], bool] | None = None) -> Iterator[sqlite3.Connection]:
         """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
-        with self._in_sqlite():
-            (file, _), _ = self._files_on_disk()
-            if file != self._read_file:  # removed, replaced, or new
-                self._read_file = file
-                self._close_idle_readers()
-            pool = self._readers
-            try:
-                db = pool.pop()
-            except IndexError:
-                db = connect(self.path, "ro", BUSY_TIMEOUT_S)
-                self._connections.add(db)
-            try:
-                db.set_progress_handler(give_up, SQLITE_STEPS)
-                yield db
-            except sqlite3.Error:
-                pool = None
-                raise
-            finally:
-                if pool is self._readers:
-                    pool.append(db)
-                else:
-                    self._close(db)
+        db, files = self._slots.get()
+        try:
+            now, _ = self._files_on_disk()
+            if files != now:  # new, or removed, or replaced
+                db, files = connect(self.path, "ro", BUSY_TIMEOUT_S), now
+            db.set_progress_handler(give_up, SQLITE_STEPS)
+            yield db
+        except sqlite3.Error:
+            db, files = None, []
+            raise
+        finally:
+            self._slots.put((db, files))
 
 
 def touch(db: sqlite3.Connection) -> None:
@@ -1729,7 +1680,8 @@ TARGET = re.compile(rb"(?:https?://(?![:/?])%b|(?=[/*]))(\*|/[^?#]*+)?(?:\?([^#]
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*+;[\t -~\x80-\xff]*+)?\r\n")
 TRAILER_LINE = re.compile(FIELD_LINE)
 MAX_LINE_BYTES = 1024  # of a chunk or a trailer
-RECEIVE_BYTES = 65_536
+RECEIVE_BYTES = 8_192
+http_date = lru_cache(maxsize=1)(formatdate)
 
 
 def listeners(server: Server) -> list[BaseWSGIServer]:
@@ -1860,12 +1812,12 @@ class Connection(dispatcher):
 
         To close on a client that still sends would take the answer from it.
         """
-        if not self.connected:
+        if not self.connected or request is not self.request:
             return
         self._lingers = not request.keeps_alive or self.server.stopping
-        status, headers, content = answer_to(request.entry, request.url) if request.entry else request.answer
+        status, headers, content = request.answer
         lines = [f"HTTP/1.1 {status}", *(f"{name.title()}: {value}" for name, value in headers), "Server: Inlet"]
-        lines.append(f"Date: {http_date(int(time.time()))}")
+        lines.append(f"Date: {http_date(int(time.time()), usegmt=True)}")
         if request.method != "HEAD":
             lines.append(f"Content-Length: {len(content)}")
         if self._lingers or request.version == "1.0":
@@ -1894,14 +1846,12 @@ class Connection(dispatcher):
             elif self._input and not self.request:
                 self._understand()
 
-    def handle_close(self) -> None:
-        self.close()
-
-    handle_expt = handle_close  # urgent data has no place in HTTP, and poll() would report it for ever
-
     def close(self) -> None:
         super().close()
         self.output.clear()
+
+    handle_close = close
+    handle_expt = close  # urgent data has no place in HTTP, and poll() would report it for ever
 
     def is_abandoned(self) -> bool:
         """Has the client closed its side, and sent nothing more before that? Any thread may ask."""
@@ -1924,12 +1874,12 @@ class Request:
     client: Client | None = None  # whose request it is, if it has a body
     admitted_at = 0.0  # when that was found out
     arrived_at = 0.0  # when it had come in whole
-    entry: Entry | None = None
+    is_put = False  # does its message wait in the queue of the store?
+    answer: Answer
 
     def __init__(self, connection: Connection):
         self.connection = connection
         self.headers: dict[str, str] = {}  # by their names in WSGI
-        self.answer: Answer | None = None
 
     def read_head(self, head: bytes) -> None:
         """Read the request line and the headers; Problem 400 or 501."""
@@ -1973,6 +1923,8 @@ class Request:
 
         try:
             content = b"".join(self.connection.server.app(self.environ(), start_response))
+            if self.is_put:
+                return
             status, headers = answer
             if self.method != "HEAD":
                 headers = [header for header in headers if header[0].lower() != "content-length"]
@@ -1980,8 +1932,7 @@ class Request:
         except Exception:
             log.exception("the app failed")
             self.answer, self.keeps_alive = Problem(500, UNKNOWN_OUTCOME).answer(), False
-        if not self.entry:
-            self.connection.server.finish(self)
+        self.connection.server.finish(self)
 
     def environ(self) -> dict[str, Any]:
         """Return the environment of WSGI (PEP 3333), with what is known of the request."""
@@ -2015,12 +1966,13 @@ class Request:
 
     def put(self, entry: Entry, url: str) -> None:
         """Put a message into the queue of the store. Its result is the answer."""
-        self.entry, self.url, entry.then = entry, url, self.go_on
+        self.is_put, self.url, entry.then = True, url, self.go_on
         self.connection.server.store.put(entry)
 
-    def go_on(self) -> None:
+    def go_on(self, entry: Entry) -> None:
         """Take note that the entry has its result, or that nobody writes. The store calls this in any thread."""
-        if self.entry.result:
+        if entry.result:
+            self.answer = answer_to(entry, self.url)
             self.connection.server.finish(self)
         else:
             self.connection.server.wake()
@@ -2074,11 +2026,6 @@ def wsgi_name(header: bytes) -> str:
     """Return the name that WSGI has for a header; empty if it has a "_", which stands for "-" there."""
     name = header.decode().upper().replace("-", "_")
     return "" if b"_" in header else name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
-
-
-@lru_cache(maxsize=1)
-def http_date(seconds: int) -> str:
-    return formatdate(seconds, usegmt=True)
 
 
 # ==================== migrate and backup ============================================================

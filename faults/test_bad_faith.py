@@ -53,7 +53,7 @@ def test_urgent_data_closes_the_connection_and_costs_nothing(server, tmp_path):
 @pytest.mark.parametrize("method", ["post", "Post", "get", "head"])
 def test_methods_are_case_sensitive(method, server):
     with connect(server) as sock:
-        sock.sendall(HEAD.replace("POST", method).encode() + b"Content-Length: 1\r\n\r\n1")
+        sock.sendall(HEAD.replace("POST", method).encode() + b"Connection: close\r\nContent-Length: 1\r\n\r\n1")
         assert all_of(sock).startswith(b"HTTP/1.1 501 ")
     assert rows(server) == []
 
