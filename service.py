@@ -905,11 +905,12 @@ class Database:
         self._writer: sqlite3.Connection | None = None
         self._files: list = []  # (device, inode) of the database and of its WAL when the writer opened them
         self._wal_is_large = False
-        # Connections that read, each with its files: one for each thread that is inside of SQLite, opened by its first
+        self._replaced = 0  # how often they were not these
+        # Connections that read, each with its file: one for each thread that is inside of SQLite, opened by its first
         # use. A fork takes all of them first. Else the child would inherit locks that no thread of it releases.
-        self._slots: LifoQueue[tuple[sqlite3.Connection | None, list]] = LifoQueue()
+        self._slots: LifoQueue[tuple[sqlite3.Connection | None, Any]] = LifoQueue()
         for _ in range(SLOTS):
-            self._slots.put((None, []))
+            self._slots.put((None, None))
         os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
 
     def _before_fork(self) -> None:
@@ -966,6 +967,7 @@ class Database:
         files, wal_bytes = self._files_on_disk()
         if self._writer and self._files != files:
             log.error("%s or its WAL was removed or replaced; opening it again", self.path)
+            self._replaced += 1
             if self._files[0] == files[0]:  # what is in a WAL that was removed can be saved when nobody reads it
                 poll(lambda: checkpoint(self._writer, required=True), deadline, "a reader of the removed WAL")
             self._close_writer()
@@ -1008,18 +1010,18 @@ class Database:
     @contextlib.contextmanager
     def reader(self, give_up: Callable[[], bool] | None = None) -> Iterator[sqlite3.Connection]:
         """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
-        db, files = self._slots.get()
+        db, file = self._slots.get()
         try:
-            now, _ = self._files_on_disk()
-            if files != now:  # new, or removed, or replaced
-                db, files = connect(self.path, "ro", BUSY_TIMEOUT_S), now
+            (now, _), _ = self._files_on_disk()
+            if file != (now, self._replaced):  # not opened yet, or removed, or replaced
+                db, file = connect(self.path, "ro", BUSY_TIMEOUT_S), (now, self._replaced)
             db.set_progress_handler(give_up, SQLITE_STEPS)
             yield db
         except sqlite3.Error:
-            db, files = None, []
+            db, file = None, None
             raise
         finally:
-            self._slots.put((db, files))
+            self._slots.put((db, file))
 
 
 def touch(db: sqlite3.Connection) -> None:
