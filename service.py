@@ -16,8 +16,10 @@ ROUTES
     POST /{stream}       take one message (application/json), or many, all or none (application/x-ndjson)
     GET  /{stream}       the feed: messages in commit order, ?after=ID&limit=N&FIELD=VALUE
     GET  /{stream}/{id}  one message
-    GET  /               the streams that this client may use, and the version
+    GET  /{view}         the same for a view with the message columns; {"rows": […]} for any other view
+    GET  /               the streams and views that this client may use, and the version
     GET  /healthz        can a message be written now?  (the one route that needs no token)
+    GET  /metrics        how it is doing, for Prometheus
 
 GUARANTEES
  1. 201 is sent after the COMMIT that holds the message has been synced to disk (WAL, synchronous=FULL).
@@ -39,6 +41,7 @@ TO CHANGE                                     SEE
  what a client reads when a rule refuses it   REFUSALS in the store
  how messages reach the disk                  the store, the engine
  who may come in                              clients
+ what the log and /metrics say                statistics
  what a POST may contain                      reading requests
  how many POSTs share a COMMIT                the server
  how HTTP is read and written                 in place of waitress
@@ -46,14 +49,19 @@ TO CHANGE                                     SEE
 
 import argparse
 import base64
+import binascii
+import bisect
 import contextlib
 import errno
 import fcntl
 import hashlib
+import hmac
 import io
 import json
 import logging
+import math
 import os
+import platform
 import re
 import resource
 import secrets
@@ -91,15 +99,19 @@ log = logging.getLogger("inlet")
 # ==================== The app: which resource answers which path ====================================
 
 
-def create_app(store: "Store", clients: "Clients", max_body: int) -> falcon.App:
-    """Return the WSGI app that serves a store to its clients."""
-    app = falcon.App(middleware=[clients])
-    app.add_route("/", RootResource(store.schema))
+def create_app(store: "Store", clients: "Clients", max_body: int, cors: str = "") -> falcon.App:
+    """Return the WSGI app that serves a store to its clients; cors: origins whose pages may use it, with commas."""
+    shown = ["Location", "Link", "Idempotent-Replayed", "Retry-After"]
+    middleware = [falcon.CORSMiddleware(cors.split(","), expose_headers=shown)] if cors else []
+    app = falcon.App(middleware=[*middleware, clients])
+    app.add_route("/", RootResource(store))
     app.add_route("/healthz", HealthResource(store, clients))
+    app.add_route("/metrics", MetricsResource(store))
     for stream in store.schema.streams.values():
-        resource = StreamResource(store, stream, max_body)
+        resource = StreamResource(store, stream, clients, max_body) if stream.takes else ViewResource(store, stream)
         app.add_route(f"/{stream.name}", resource)
-        app.add_route(f"/{stream.name}/{{message_id:int(min=1, max={MAX_ID})}}", resource, suffix="message")
+        if stream.has_ids:
+            app.add_route(f"/{stream.name}/{{message_id:int(min=1, max={MAX_ID})}}", resource, suffix="message")
     app.add_error_handler((Exception, falcon.HTTPError), answer_error)
     return app
 
@@ -120,6 +132,7 @@ def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
         case _:
             log.error("unexpected error at %s %r", req.method, req.path, exc_info=error)
             problem = Problem(500, f"An unexpected error. {UNKNOWN_OUTCOME}")
+    req.context.detail = problem.detail
     resp.status, headers, resp.data = problem.answer()
     resp.set_headers(headers)
 
@@ -160,7 +173,8 @@ class LazyApplication:
                 settings = settings_from({})
                 store = Store(settings.database, read_schema(settings.schema))
                 store.open()
-                self._apps[os.getpid()] = create_app(store, Clients(store), settings.max_body)
+                clients = Clients(store, settings.cors)
+                self._apps[os.getpid()] = create_app(store, clients, settings.max_body, settings.cors)
             return self._apps[os.getpid()]
 
 
@@ -195,6 +209,9 @@ class Settings:
     max_body: int = setting(
         "--max-body", 1_048_576, r"[1-9]\d{0,8}", "the bytes of the largest body, compressed or not"
     )
+    cors: str = setting(
+        "--cors", "", r"https?://[^\s,/]+(,https?://[^\s,/]+)*", "origins whose pages may use it, https://a.example,…"
+    )
     prefix: str = setting("--prefix", "", r"(/[\w.~-]+)+", "the path that a proxy has it under, such as /ingest")
 
 
@@ -228,7 +245,7 @@ class Problem(Exception):
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None, **members: Any):
         super().__init__(detail)
-        self.status = status
+        self.status, self.detail = status, detail
         self.headers = dict(headers or {})
         if status in (500, 503, 507):  # the next try may succeed
             self.headers["Retry-After"] = str(RETRY_AFTER_S)
@@ -333,15 +350,39 @@ def schema_objects(db: sqlite3.Connection) -> Objects:
 
 @dataclass(frozen=True)
 class Stream:
-    """A table that takes messages. fields: its generated columns, True for those with a type (not ANY or BLOB)."""
+    """What has a route: a table that takes messages, or a view.
+
+    fields: the columns to filter by, True for those with a type (not ANY or BLOB). A view without ids is a report.
+    """
 
     name: str
     fields: dict[str, bool]
+    takes: bool = True
+    has_ids: bool = True
+    has_headers: bool = False
 
     @cached_property
     def insert(self) -> str:
-        """The SQL that inserts a message: received_at, client, key, body."""
-        return f'INSERT INTO "{self.name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
+        """The SQL that inserts a message: received_at, client, key, body, and headers if the table has them."""
+        more, value = (", headers", ", ?") if self.has_headers else ("", "")
+        return f'INSERT INTO "{self.name}" (received_at, client, key, body{more}) VALUES (?, ?, ?, ?{value})'
+
+    @cached_property
+    def selected(self) -> str:
+        """The SQL that a page selects from it, as t. A view can have anything in its columns."""
+        if self.takes:
+            return "t.id, t.received_at, t.client, t.key, CAST(t.body AS BLOB)" + ", t.headers" * self.has_headers
+        if not self.has_ids:
+            return "t.*"
+        texts = [f"CAST(ifnull(t.{name}, '') AS TEXT)" for name in ("received_at", "client")]
+        jsons = [f"iif(json_valid(t.{name}), t.{name}, json_quote(t.{name}))" for name in ("body", "headers")]
+        more = f", {jsons[1]}" * self.has_headers
+        return f"CAST(t.id AS INTEGER), {', '.join(texts)}, CAST(t.key AS TEXT), CAST({jsons[0]} AS BLOB){more}"
+
+    @property
+    def explain(self) -> tuple[str, tuple]:
+        """The SQL that compiles the insert, with its triggers and foreign keys, and values for it."""
+        return f"EXPLAIN {self.insert}", (None,) * (4 + self.has_headers)
 
 
 @dataclass(frozen=True)
@@ -374,12 +415,13 @@ def read_schema(path: Path) -> Schema:
             strict = {fold(row[1]): row[5] for row in db.execute("PRAGMA main.table_list") if row[2] == "table"}
             tables = [made for (kind, name), made in objects.items() if kind == "table" and name in strict]
             streams = [stream for table in tables if (stream := stream_from(db, table, strict[fold(table.name)]))]
+            views = [view for made in objects.values() if made.kind == "view" and (view := view_from(db, made))]
         except SetupError as error:
             raise SetupError(f"{path}: {error}") from None
         if not streams:
             raise SetupError(f"{path}: no table has the columns of a stream ({', '.join(MESSAGE_COLUMNS)})")
         sentences = dict(pair for table in tables for pair in sentences_of(db, table))
-    return Schema({stream.name: stream for stream in streams}, statements, objects, sentences)
+    return Schema({stream.name: stream for stream in streams + views}, statements, objects, sentences)
 
 
 def run_script(db: sqlite3.Connection, text: str) -> list[str]:
@@ -441,30 +483,58 @@ def stream_from(db: sqlite3.Connection, table: SchemaObject, strict: int) -> Str
             has += " AUTOINCREMENT"
         if column["hidden"] or has.upper() != definition:
             raise SetupError(f"{almost}: its column {wanted} must be {definition}")
+    headers = columns.pop("headers", None)
+    if headers and (headers["type"].upper() != "TEXT" or headers["hidden"]):
+        raise SetupError(f"table {name}: its column headers must be headers TEXT")
     if not strict:
         raise SetupError(f"{almost}: it must end with STRICT, as in CREATE TABLE {name} (…) STRICT")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or fold(name) in RESERVED_NAMES:
-        raise SetupError(
-            f"table {name!r} cannot be a route: use letters, digits, _ and -, and no name of the service's"
-        )
+    require_route(table, columns)
     for folded, column in columns.items():
-        if folded in ("after", "limit"):
-            raise SetupError(f"table {name}: the feed has a parameter {folded}; name the column otherwise")
         unfilled = column["notnull"] and column["dflt_value"] is None and not column["hidden"]
         if unfilled and folded not in MESSAGE_COLUMNS:
             raise SetupError(f"table {name}: nothing can fill the column {folded}; generate it from the body")
-    generated = [column for column in columns.values() if column["hidden"] > 1]
-    stream = Stream(name, {column["name"]: column["type"].upper() not in ("ANY", "BLOB") for column in generated})
+    fields = fields_of(column for column in columns.values() if column["hidden"] > 1)
+    stream = Stream(name, fields, has_headers=bool(headers))
     one_row_a_key = "ON CONFLICT (client COLLATE BINARY, key COLLATE BINARY) WHERE key IS NOT NULL DO NOTHING"
     try:
-        db.execute(f"EXPLAIN {stream.insert}", (None,) * 4)  # compiles triggers and foreign keys as well
-        db.execute(f"EXPLAIN {stream.insert} {one_row_a_key}", (None,) * 4)
+        compiled, values = stream.explain
+        db.execute(compiled, values)
+        db.execute(f"{compiled} {one_row_a_key}", values)
     except sqlite3.Error as error:
         if not str(error).startswith("ON CONFLICT clause does not match"):
             raise SetupError(f"table {name} can take no message: {error}") from None
         index = f"CREATE UNIQUE INDEX {name}_key ON {name} (client, key) WHERE key IS NOT NULL"
         raise SetupError(f"{almost}: it lacks its index, {index}") from None
     return stream
+
+
+def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
+    """Return what a view has to show, or None if its name begins with _; SetupError if it cannot be read."""
+    try:
+        db.execute(f"EXPLAIN SELECT * FROM {quoted(view.name)}")  # where no table clients is: no view can show a token
+    except sqlite3.Error as error:
+        raise SetupError(f"{view}: {error}") from None
+    if view.name.startswith("_"):
+        return None
+    columns = columns_of(db, view.name)
+    require_route(view, columns)
+    has_ids, has_headers = columns.keys() >= MESSAGE_COLUMNS.keys(), "headers" in columns
+    shown = {*MESSAGE_COLUMNS, "headers"} if has_ids else ()
+    fields = fields_of(column for name, column in columns.items() if name not in shown)
+    return Stream(view.name, fields, takes=False, has_ids=has_ids, has_headers=has_ids and has_headers)
+
+
+def require_route(made: SchemaObject, columns: Iterable[str]) -> None:
+    """Raise SetupError if a table or view has a name or a column that cannot stand in a URL of its own."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", made.name) or fold(made.name) in RESERVED_NAMES:
+        hint = "use letters, digits, _ and -, and no name of the service's"
+        raise SetupError(f"{made.kind} {made.name!r} cannot be a route: {hint}")
+    for folded in {"after", "limit"}.intersection(columns):
+        raise SetupError(f"{made}: the feed has a parameter {folded}; name the column otherwise")
+
+
+def fields_of(columns: Iterable[sqlite3.Row]) -> dict[str, bool]:
+    return {column["name"]: column["type"].upper() not in ("", "ANY", "BLOB") for column in columns}
 
 
 def sentences_of(db: sqlite3.Connection, table: SchemaObject) -> Iterator[tuple[str, str]]:
@@ -503,12 +573,17 @@ def leftovers(db: sqlite3.Connection, schema: Schema) -> list[SchemaObject]:
     """Return what schema.sql no longer has: streams, and indexes and triggers of tables that it still has."""
     known = {name for kind, name in schema.objects if kind in ("table", "view")}
     gone = [old for key, old in schema_objects(db).items() if key not in schema.objects and old.kind != "view"]
-    was_stream = MESSAGE_COLUMNS.keys()
-    return [o for o in gone if (columns_of(db, o.name).keys() >= was_stream if o.kind == "table" else o.table in known)]
+    return [o for o in gone if (is_stream(db, o.name) if o.kind == "table" else o.table in known)]
+
+
+def is_stream(db: sqlite3.Connection, table: str) -> bool:
+    """Has a table of a database, or a view, the columns of a message?"""
+    return columns_of(db, table).keys() >= MESSAGE_COLUMNS.keys()
 
 
 # ==================== The store: commit entries, read rows ===========================================================
 
+MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
 CANNOT_APPLY = "A rule of this stream cannot be applied to the message"  # such as an overflow in an expression
@@ -557,7 +632,9 @@ class Entry:
     client: str = ""
     key: str | None = None
     bodies: list[str] = field(default_factory=list)
+    headers: tuple[str, ...] = ()  # the request's, as one JSON object, if the stream has a column for them
     batch: bool = False
+    signed: bool = False  # then the first body under a key wins: such a sender can only try again
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
     line: int = 1  # of the batch: the one that is being inserted
     result: Stored | Problem | None = None
@@ -578,6 +655,7 @@ class Store:
         self.schema = schema
         self.database = Database(path)
         self.queue: list[Entry] = []  # entries that nobody writes yet
+        self.statistics = Statistics()
         self._clock = clock
         self._mutex = threading.Lock()  # for the queue, for what follows, and for the results of entries
         self._writing = False  # is there a thread that writes, or was told to?
@@ -599,12 +677,13 @@ class Store:
                 made = not schema_objects(db)
                 db.execute("BEGIN IMMEDIATE")
                 touch(db)  # which fails now, where each message would fail later
-                db.execute(CLIENTS_TABLE)
+                make_clients(db)
                 if made:
                     for statement in self.schema.statements:
                         db.execute(statement)
                     if default_token:
-                        db.execute(ADD_CLIENT, ("default", digest_of(default_token), "write read"))
+                        row = ("default", digest_of(default_token), "write read", utc_now(), None, None)
+                        db.execute(ADD_CLIENT, row)
                 db.execute("COMMIT")
                 found = differences(db, self.schema)
             sync_directory(path.parent)  # or a power cut could take a new file with every message in it
@@ -680,7 +759,7 @@ class Store:
 
     def _write_group(self) -> None:
         """Write everything that is queued with one COMMIT. If that fails, all of it fails."""
-        group, results, failure = [], [], RuntimeError("a bug")
+        group, results, failure, began = [], [], RuntimeError("a bug"), time.monotonic()
         with self._mutex:
             deadline = min(waiting.deadline for waiting in self.queue)
         try:
@@ -707,6 +786,9 @@ class Store:
                         entry.then(entry)
                     elif entry.wake and entry.wake.locked():
                         entry.wake.release()
+            if results:
+                stored = sum(len(entry.bodies) for entry in group if isinstance(entry.result, Stored))
+                self.statistics.committed(time.monotonic() - began, stored)
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
         """Insert the rows of an entry. What refuses them undoes this entry only; raises what undoes more than that."""
@@ -716,7 +798,7 @@ class Store:
         try:
             if entry.batch:
                 db.execute("SAVEPOINT batch")
-            values = (received_at, entry.client, entry.key, entry.bodies[0])
+            values = (received_at, entry.client, entry.key, entry.bodies[0], *entry.headers)
             first = last = db.execute(entry.stream.insert, values).lastrowid
             if entry.batch:
                 db.executemany(entry.stream.insert, rows_after_the_first(entry, received_at))
@@ -745,7 +827,7 @@ class Store:
         ).fetchall()
         sent = {key_of_line(entry.key, line): body for line, body in enumerate(entry.bodies, 1)}
         stored = {key: body for _, _, key, body in rows}
-        if stored == sent:
+        if stored == sent or (stored and entry.signed):
             return Stored(rows[0][0], rows[-1][0], rows[0][1], replayed=True)
         or_deleted = ", or some of its messages have been deleted since" if stored.items() <= sent.items() else ""
         return Problem(422, f"This Idempotency-Key was used before, with another body{or_deleted}.") if stored else None
@@ -757,7 +839,8 @@ class Store:
             name = "SQLITE_CONSTRAINT_DATATYPE"
         try:
             # Can any message be inserted? The text is new each time: SQLite looks at the tables when it compiles.
-            db.execute(f"EXPLAIN {entry.stream.insert} -- {time.monotonic_ns()}", (None,) * 4)
+            compiled, values = entry.stream.explain
+            db.execute(f"{compiled} -- {time.monotonic_ns()}", values)
             status, words = REFUSALS[name]
         except (sqlite3.Error, KeyError):
             log.error("a message for %s could not be stored: %s: %s", entry.stream.name, name, error)
@@ -770,20 +853,29 @@ class Store:
     # Reading
 
     def page(
-        self, stream: Stream, after: int, limit: int, filters: dict[str, str], abandoned: Callable[[], bool]
+        self,
+        stream: Stream,
+        after: int,
+        limit: int,
+        filters: dict[str, str],
+        abandoned: Callable[[], bool],
+        until: int = MAX_ID,
     ) -> Iterator[tuple]:
-        """Yield rows (id, received_at, client, key, body in bytes) in commit order after an id; at most limit of them.
+        """Yield rows (id, received_at, client, key, body in bytes, headers if there are any) in commit order.
 
-        filters: generated columns and the texts that they must equal. Close the iterator to end its snapshot. Raises
-        Problem 503 after READ_TIMEOUT_S in SQL, or when abandoned() says that nobody waits for the rows.
+        They have ids over after, up to until; at most limit of them. Of a report, the rows as they are. filters:
+        columns and the texts that they must equal. Close the iterator to end its snapshot. Raises Problem 503 after
+        READ_TIMEOUT_S in SQL, or when abandoned() says that nobody waits for the rows.
         """
-        conditions, values = "t.id > :after", {"after": after, "limit": limit}
+        conditions, values = "t.id > :after AND t.id <= :until", {"after": after, "until": until, "limit": limit}
+        if not stream.has_ids:
+            conditions = ":after < :until"
         for number, (column, text) in enumerate(filters.items()):
             conditions += f" AND {condition(stream, column, f':value{number}')}"
             values[f"value{number}"] = text
         sql = (
-            f'SELECT t.id, t.received_at, t.client, t.key, CAST(t.body AS BLOB) FROM "{stream.name}" AS t'
-            f" WHERE {conditions} ORDER BY t.id LIMIT :limit"
+            f'SELECT {stream.selected} FROM "{stream.name}" AS t WHERE {conditions}{" ORDER BY t.id" * stream.has_ids}'
+            " LIMIT :limit"
         )
         began = time.monotonic()
 
@@ -805,16 +897,27 @@ class Store:
                         detail += f" There is no index on {column}."
             raise Problem(503, detail) from None
 
+    def last_id(self, stream: Stream) -> int | None:
+        """Return the last id of a stream, used or deleted, or that of a view; None if it cannot be found in time."""
+        sql, values = "SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = ?", (stream.name,)
+        if not stream.takes:
+            sql, values = f'SELECT t.id FROM "{stream.name}" AS t ORDER BY t.id DESC LIMIT 1', ()
+        until = time.monotonic() + 1.0
+        with (
+            contextlib.suppress(sqlite3.OperationalError),
+            self.database.reader(lambda: time.monotonic() > until) as db,
+        ):
+            return (db.execute(sql, values).fetchone() or (0,))[0]
+
     def message(self, stream: Stream, message_id: int) -> tuple | None:
-        """Return the row (id, received_at, client, key, body in bytes) with an id, or None."""
-        row = next(self.page(stream, message_id - 1, 1, {}, lambda: False), None)
-        return row if row and row[0] == message_id else None
+        """Return the row with an id, as page() has it, or None."""
+        return next(self.page(stream, message_id - 1, 1, {}, lambda: False, until=message_id), None)
 
 
 def rows_after_the_first(entry: Entry, received_at: str) -> Iterator[tuple]:
     """Yield what is inserted for the lines of a batch from the second on; entry.line is the one under way."""
     for entry.line, body in enumerate(entry.bodies[1:], 2):  # noqa: B020
-        yield received_at, entry.client, key_of_line(entry.key, entry.line), body
+        yield received_at, entry.client, key_of_line(entry.key, entry.line), body, *entry.headers
 
 
 def key_of_line(key: str | None, line: int | str) -> str | None:
@@ -879,6 +982,11 @@ def locked(file: IO, deadline: float) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, if it has to be made: an opener for open()."""
+    return os.open(path, flags, mode=0o600)
+
+
 @contextlib.contextmanager
 def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError."""
@@ -890,6 +998,7 @@ def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     with (
         open(f"{path}-lock", "ab") as file,
         locked(file, deadline),
+        open(path, "ab", opener=private) if mode == "rwc" else contextlib.nullcontext(),
         contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db,
     ):
         yield db
@@ -1047,16 +1156,103 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+# ==================== Statistics: what /metrics and the log say =====================================
+
+STARTED_AT = time.time()
+LOGGED_REFUSALS = 10  # a second; the rest is counted
+COMMIT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, "+Inf")
+GROUP_SIZES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, "+Inf")
+
+
+class Statistics:
+    """Counts of this process. To count takes no lock: each thread has counts of its own, and one at a time commits."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, dict[tuple[str, int], int]] = {}  # by thread; then by stream and status
+        self._commit_s, self._group_sizes = dict.fromkeys(COMMIT_S, 0), dict.fromkeys(GROUP_SIZES, 0)
+        self._sums = [0.0, 0]  # of both
+        self._slowest_s = 0.0  # COMMIT of this minute
+        self._minute_ends = time.monotonic() + 60
+        self._last_minute = dict.fromkeys((2, 4, 5), 0)  # counts until then, by the first digit of the status
+        self._second_ends, self._logged, self._unlogged = 0.0, 0, 0
+
+    def answered(self, stream: str, status: int, client: str = "", detail: str = "") -> None:
+        """Count an answer; if it is a refusal, let the log say so."""
+        counts = self._counts.setdefault(threading.get_ident(), {})
+        counts[stream, status] = counts.get((stream, status), 0) + 1
+        if status >= 400:
+            self._log(f"{status} to {client!r} at /{stream}: {detail!r}")
+        self.tell()
+
+    def committed(self, seconds: float, messages: int) -> None:
+        """Count a COMMIT with what was stored by it."""
+        self._commit_s[COMMIT_S[bisect.bisect_left(COMMIT_S, seconds, hi=len(COMMIT_S) - 1)]] += 1
+        self._group_sizes[GROUP_SIZES[bisect.bisect_left(GROUP_SIZES, messages, hi=len(GROUP_SIZES) - 1)]] += 1
+        self._sums = [self._sums[0] + seconds, self._sums[1] + messages]
+        self._slowest_s = max(self._slowest_s, seconds)
+
+    def tell(self) -> None:
+        """Log what came in the last minute, if it is over and something came."""
+        now = time.monotonic()
+        if now < self._minute_ends:
+            return
+        self._minute_ends, before, self._last_minute = now + 60, self._last_minute, dict.fromkeys((2, 4, 5), 0)
+        for (_, status), count in self._answers().items():
+            if status == 201 or status >= 400:
+                self._last_minute[status // 100] += count
+        stored, refused, failed = (self._last_minute[digit] - before[digit] for digit in (2, 4, 5))
+        if stored or refused or failed:
+            slowest_s, self._slowest_s = self._slowest_s, 0.0
+            told = "in a minute: %d requests stored, %d refused, %d failed; slowest COMMIT %.3f s"
+            log.info(told, stored, refused, failed, slowest_s)
+
+    def families(self) -> list[tuple]:
+        """Return the metrics of this process: name, type, help, samples."""
+        requests = [({"stream": stream, "status": status}, n) for (stream, status), n in self._answers().items()]
+        return [
+            ("requests_total", "counter", "Requests that this process has answered.", requests),
+            ("commits_total", "counter", "COMMITs of this process.", [({}, sum(self._commit_s.values()))]),
+            ("commit_duration_seconds", "histogram", "From BEGIN to COMMIT.", [(self._commit_s.copy(), self._sums[0])]),
+            ("messages_per_commit", "histogram", "Messages.", [(self._group_sizes.copy(), self._sums[1])]),
+        ]
+
+    def _answers(self) -> dict[tuple[str, int], int]:
+        total: dict[tuple[str, int], int] = {}
+        for counts in self._counts.copy().values():
+            for key, count in counts.copy().items():
+                total[key] = total.get(key, 0) + count
+        return total
+
+    def _log(self, refusal: str) -> None:
+        now = time.monotonic()
+        if now > self._second_ends:
+            if self._unlogged:
+                log.info("and %d more refusals", self._unlogged)
+            self._second_ends, self._logged, self._unlogged = now + 1, 0, 0
+        if self._logged < LOGGED_REFUSALS:
+            self._logged += 1
+            log.info("%s", refusal)
+        else:
+            self._unlogged += 1
+
+
 # ==================== Clients: who may come in ======================================================
 
 CLIENTS_REFRESH_S = 1.0  # how soon every process knows of a new or a revoked token
-CLIENTS_RETRY_S = 0.05  # after they could not be read
-CLIENTS_TABLE = """CREATE TABLE IF NOT EXISTS clients (
-    name  TEXT NOT NULL PRIMARY KEY,
-    token TEXT NOT NULL UNIQUE,  -- the SHA-256 digest of the token, in hexadecimal
-    can   TEXT NOT NULL          -- grants with spaces between: write read write:NAME read:NAME
+CLIENTS_RETRY_S = 0.05  # after they could not be read, or after a token was not among them
+CLIENTS_TABLE = """CREATE TABLE clients (
+    name    TEXT NOT NULL,
+    token   TEXT NOT NULL UNIQUE,  -- the SHA-256 digest of the token, or of the secret, in hexadecimal
+    can     TEXT NOT NULL,         -- grants with spaces between: write read write:NAME read:NAME
+    made_at TEXT,
+    signs   TEXT,                  -- the name of a scheme, for a sender that signs its messages
+    secret  TEXT                   -- that it shares with us
 ) STRICT"""
-ADD_CLIENT = "INSERT INTO clients (name, token, can) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+ADD_CLIENT = """INSERT INTO clients (name, token, can, made_at, signs, secret)
+    VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+SIGNED_WITHIN_S = 300  # for schemes that sign a time
+SHORTEST_SECRET = 8  # bytes
+MOST_SIGNATURES = 8  # in one header
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="inlet", Basic realm="inlet"'}
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="inlet", error="invalid_token", Basic realm="inlet"'}
 
@@ -1071,12 +1267,44 @@ class Client:
     def can(self, action: str, stream: Stream) -> bool:
         return action in self.grants or f"{action}:{stream.name.lower()}" in self.grants
 
-    def require(self, action: str, stream: Stream) -> None:
-        """Raise Problem 403 if this client may not do this."""
-        if not self.can(action, stream):
-            scope = f"{action}:{stream.name}"
+    def require(self, action: str, stream: Stream | None = None) -> None:
+        """Raise Problem 403 if this client may not do this: with a stream, or everywhere."""
+        if not (self.can(action, stream) if stream else action in self.grants):
+            scope = f"{action}:{stream.name}" if stream else action
             challenge = {"WWW-Authenticate": f'Bearer realm="inlet", error="insufficient_scope", scope="{scope}"'}
-            raise Problem(403, f"This token lacks the grant {scope}.", challenge, stream=stream.name)
+            raise Problem(403, f"This client lacks the grant {scope}.", challenge)
+
+
+class Scheme(NamedTuple):
+    """How a sender signs a message with HMAC-SHA256. Headers have their names in WSGI."""
+
+    header: str  # that has signatures
+    signature: str  # the pattern of one of them
+    encode: Callable[[bytes], bytes]  # how it is written
+    signed: str  # what is signed before the body: time is that of the signature, id is the delivery's
+    time: tuple[str, str] | None  # a header and a pattern
+    key: str | None  # the header that names the delivery; None: the body's member id
+    made: str  # what our secrets begin with
+
+    def secret(self, text: str) -> bytes:
+        """Return the key of a secret as it is shown to people; ValueError if that cannot be."""
+        if self.made:
+            return base64.b64decode(text.removeprefix(self.made), validate=True)
+        return text.encode()
+
+
+SCHEMES = {
+    "standard": Scheme(  # https://www.standardwebhooks.com
+        "HTTP_WEBHOOK_SIGNATURE", r"(?<!\S)v1,(\S+)", base64.b64encode, "{id}.{time}.",
+        ("HTTP_WEBHOOK_TIMESTAMP", r"^(\d{1,18})$"), "HTTP_WEBHOOK_ID", "whsec_"),
+    "github": Scheme(  # https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
+        "HTTP_X_HUB_SIGNATURE_256", r"^sha256=(\S+)$", binascii.hexlify, "", None, "HTTP_X_GITHUB_DELIVERY", ""),
+    "stripe": Scheme(  # https://docs.stripe.com/webhooks#verify-manually
+        "HTTP_STRIPE_SIGNATURE", r"(?:^|,)v1=([^,\s]+)", binascii.hexlify, "{time}.",
+        ("HTTP_STRIPE_SIGNATURE", r"(?:^|,)t=(\d{1,18})(?:,|$)"), None, ""),
+    "shopify": Scheme(  # https://shopify.dev/docs/apps/build/webhooks/subscribe/https
+        "HTTP_X_SHOPIFY_HMAC_SHA256", r"^(\S+)$", base64.b64encode, "", None, "HTTP_X_SHOPIFY_WEBHOOK_ID", ""),
+}  # fmt: skip
 
 
 class Clients:
@@ -1085,53 +1313,118 @@ class Clients:
     The clients table is kept in memory, so that a request costs no SQL for its token.
     """
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, cors: str = ""):
         self._database = store.database
+        self._statistics = store.statistics
+        self._cors = cors
         self._by_digest: dict[str, Client] = {}
-        self._read_again_at = 0.0
+        self._signers: dict[str, list[tuple[bytes, Client]]] = {}  # secrets by the name of the scheme
+        self._read_at = self._missed_at = -CLIENTS_REFRESH_S
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path == "/healthz":
+        preflight = self._cors and req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
+        if req.path == "/healthz" or preflight:
             return
         if not req.auth and "mod_wsgi.version" in req.env:
             hint = "Send a token. If you did: Apache has kept it to itself, and needs WSGIPassAuthorization On."
             raise Problem(401, hint, CHALLENGE)
-        req.context.client = req.env.get("inlet.client") or self.authenticate(req.auth)
+        req.context.client = req.env.get("inlet.client") or self.authenticate(req.env, req.method)
 
-    def authenticate(self, authorization: str | None) -> Client:
-        """Return the client whose token an Authorization header holds: Bearer (RFC 6750), or Basic (RFC 7617) with the
-        token as its password. Raises Problem 401, or 503 if the clients cannot be read.
+    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
+        """Count the answer, unless it is given later."""
+        context = req.context
+        if "is_put" not in context:
+            stream = resource.stream.name if isinstance(resource, ViewResource) else ""
+            client = context.client.name if context.get("client") else ""
+            self._statistics.answered(stream, resp.status_code, client, context.get("detail", ""))
+
+    def authenticate(self, headers: dict[str, Any], method: str) -> Client | None:
+        """Return the client whose token is in the headers (with their names in WSGI): Bearer (RFC 6750), or Basic
+        (RFC 7617) with the token as its password. None for a POST that is signed: its body says who sent it.
+
+        Raises Problem 401, or 503 if the clients cannot be read.
         """
-        if not authorization:
-            raise Problem(401, "Send a token: Authorization: Bearer TOKEN.", CHALLENGE)
-        if time.monotonic() >= self._read_again_at:
+        if time.monotonic() >= self._read_at + CLIENTS_REFRESH_S:
             self.read()
         if self._failure:
             raise storage_problem(self._failure)
+        authorization = headers.get("HTTP_AUTHORIZATION")
+        if not authorization:
+            if method == "POST" and scheme_of(headers) in self._signers:
+                return None
+            raise Problem(401, "Send a token: Authorization: Bearer TOKEN.", CHALLENGE)
         scheme, _, credentials = authorization.partition(" ")
         scheme, credentials = scheme.lower(), credentials.strip(" ")
         if scheme not in ("bearer", "basic"):
             raise Problem(401, "Send Authorization: Bearer TOKEN, or Basic with the token as password.", INVALID_TOKEN)
-        token = password_in(credentials) if scheme == "basic" else credentials
         # What is looked up is a digest: how long that takes says nothing about how much of a token is right.
-        client = self._by_digest.get(digest_of(token))
+        digest = digest_of(password_in(credentials) if scheme == "basic" else credentials)
+        if digest not in self._by_digest and time.monotonic() > self._missed_at + CLIENTS_RETRY_S:
+            self._missed_at = time.monotonic()
+            self.read()  # it may be new
+        client = self._by_digest.get(digest)
         if client is None:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
         return client
 
+    def signer(self, headers: dict[str, Any], body: bytes) -> tuple[Client, str | None]:
+        """Return the client that has signed a body as it was sent, and its name for the delivery; Problem 401.
+
+        The time is checked where the scheme signs one. That name is None if the body has it.
+        """
+        name = scheme_of(headers)
+        scheme = SCHEMES[name]
+        given = [text.encode("latin-1") for text in re.findall(scheme.signature, headers[scheme.header])]
+        delivery, signed_at = headers.get(scheme.key), ""
+        if scheme.time:
+            header, pattern = scheme.time
+            found = re.search(pattern, headers.get(header, ""), re.ASCII)
+            signed_at = found[1] if found else "0"
+            if abs(time.time() - int(signed_at)) > SIGNED_WITHIN_S:
+                raise Problem(401, f"The signature has no time, or is {SIGNED_WITHIN_S} s old.", CHALLENGE)
+        signed = scheme.signed.format(id=delivery, time=signed_at).encode("latin-1") + body
+        for secret, client in self._signers.get(name, ()):
+            expected = scheme.encode(hmac.digest(secret, signed, "sha256"))
+            if any(hmac.compare_digest(expected, signature) for signature in given[:MOST_SIGNATURES]):
+                return client, delivery
+        raise Problem(401, f"The signature ({name}) is not valid here.", CHALLENGE)
+
     def read(self) -> Exception | None:
         """Read the clients table again. An error is returned, and lets nobody come in until the next try works."""
-        self._failure = None
+        by_digest, signers, self._failure = {}, {}, None
         try:
             with self._database.reader() as db:
-                rows = db.execute("SELECT c.name, c.token, c.can FROM clients AS c").fetchall()
-            self._by_digest = {digest: Client(name, frozenset(can.lower().split())) for name, digest, can in rows}
-        except (sqlite3.Error, OSError) as error:
+                rows = db.execute("SELECT c.name, c.token, c.can, c.signs, c.secret FROM clients AS c").fetchall()
+            for name, digest, can, signs, secret in rows:
+                client = Client(name, frozenset(can.lower().split()))
+                if signs:
+                    signers.setdefault(signs, []).append((SCHEMES[signs].secret(secret), client))
+                else:
+                    by_digest[digest] = client
+            self._by_digest, self._signers = by_digest, signers
+        except (sqlite3.Error, OSError, LookupError, ValueError) as error:
             log.error("the clients cannot be read: %s", error)
             self._failure = error
-        self._read_again_at = time.monotonic() + (CLIENTS_RETRY_S if self._failure else CLIENTS_REFRESH_S)
+        self._read_at = time.monotonic() - (CLIENTS_REFRESH_S - CLIENTS_RETRY_S) * bool(self._failure)
         return self._failure
+
+
+def scheme_of(headers: dict[str, Any]) -> str | None:
+    """Return the name of the scheme by which a request with these headers is signed, or None."""
+    return next((name for name, scheme in SCHEMES.items() if scheme.header in headers), None)
+
+
+def make_clients(db: sqlite3.Connection) -> None:
+    """Make the clients table, or bring an older one up to date."""
+    old = columns_of(db, "clients")
+    if old and "signs" not in old:
+        db.execute('CREATE TEMP TABLE "old clients" AS SELECT c.name, c.token, c.can FROM main.clients AS c')
+        db.execute("DROP TABLE clients")
+    if "signs" not in old:
+        db.execute(CLIENTS_TABLE)
+    if old and "signs" not in old:
+        db.execute('INSERT INTO clients (name, token, can) SELECT o.name, o.token, o.can FROM temp."old clients" AS o')
 
 
 def digest_of(token: str) -> str:
@@ -1151,12 +1444,14 @@ def password_in(credentials: str) -> str:
 # ==================== Reading requests ==============================================================
 
 MAX_DEPTH = 512  # of arrays and objects: under the limit of every SQLite (1000 from 3.42 on) and of Python
-MAX_ID = 2**63 - 1
 LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can write
 READ_OF_TOO_LARGE = 16 * 1024 * 1024  # bytes
 LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the square of their number
 NDJSON_TYPES = ("application/x-ndjson", "application/jsonl")
 ACCEPTED_TYPES = ["application/json", "application/*+json", *NDJSON_TYPES]
+HEADERS = ("HTTP_", "CONTENT_TYPE", "CONTENT_LENGTH")  # what they begin with in WSGI
+SECRET_HEADERS = {"HTTP_AUTHORIZATION", "HTTP_PROXY_AUTHORIZATION", "HTTP_COOKIE"}  # never kept
+SECRET_HEADERS |= {scheme.header for scheme in SCHEMES.values()}
 DEFAULT_PAGE = 100  # messages
 LARGEST_PAGE = 1000
 
@@ -1304,11 +1599,24 @@ def idempotency_key(header: str | None) -> str | None:
     return header
 
 
+def id_in(text: str) -> str | None:
+    """Return the member id of a JSON text, if it has one that is a string."""
+    value = json.loads(text, parse_int=float)
+    return value["id"] if isinstance(value, dict) and isinstance(value.get("id"), str) else None
+
+
+def kept_headers(environ: dict[str, Any]) -> str:
+    """Return the headers of a request as one JSON object, sorted by their names in lower case, without secrets."""
+    kept = [name for name in environ if name.startswith(HEADERS) and name not in SECRET_HEADERS and environ[name]]
+    headers = {name.removeprefix("HTTP_").replace("_", "-").lower(): environ[name] for name in kept}
+    return json.dumps(headers, sort_keys=True)
+
+
 def page_from(params: dict[str, str | list[str]], stream: Stream) -> tuple[int, int, dict[str, str]]:
     """Return (after, limit, filters) from a query; Problem 400 if a parameter is unknown, doubled or out of range."""
-    known = ["after", "limit", *stream.fields]
+    known = ["after"] * stream.has_ids + ["limit", *stream.fields]
     filters = {"after": "0", "limit": str(DEFAULT_PAGE)} | params
-    for name, value in filters.items():
+    for name, value in params.items():
         if name not in known:
             raise Problem(400, f"There is no parameter {name[:64]!r}: there are {', '.join(known)}.", parameters=known)
         if isinstance(value, list):
@@ -1338,12 +1646,23 @@ PAGE_BYTES = 4 * 1024 * 1024  # a page of the feed ends after about this much
 
 def envelope(row: tuple) -> bytes:
     """Return a message as the feed gives it. The body is put in as it was sent: it is JSON already."""
-    message_id, received_at, client, key, body = row
+    message_id, received_at, client, key, body, *headers = row
     head = (
         f'{{"id": {message_id}, "received_at": {json_string(received_at)}, "client": {json_string(client)},'
         f' "key": {"null" if key is None else json_string(key)}, "body": '
     )
-    return b"%b%b}" % (head.encode(), body)
+    tail = f', "headers": {headers[0] or "null"}' if headers else ""
+    return b"%b%b%b}" % (head.encode(), body, tail.encode())
+
+
+def report_row(names: Iterable[str], row: tuple) -> bytes:
+    """Return a row of a report as a JSON object; a BLOB in hexadecimal, an infinity as a number that is too large."""
+    members = []
+    for name, value in zip(names, row, strict=True):
+        infinite = isinstance(value, float) and math.isinf(value)
+        text = f"{value:.0f}".replace("inf", "9e999") if infinite else json.dumps(value, default=bytes.hex)
+        members.append(f"{json_string(name)}: {text}")
+    return f"{{{', '.join(members)}}}".encode()
 
 
 def link(req: falcon.Request, *path: str | int) -> str:
@@ -1367,79 +1686,103 @@ def answer_to(entry: Entry, url: str) -> Answer:
     return "201 Created", headers, f'{{{ids}, "received_at": "{stored.received_at}"}}'.encode()
 
 
-class StreamResource:
-    """/{stream} and /{stream}/{id}"""
+class ViewResource:
+    """/{view} and /{view}/{id}"""
 
-    def __init__(self, store: Store, stream: Stream, max_body: int):
+    def __init__(self, store: Store, stream: Stream):
         self._store = store
-        self._stream = stream
-        self._max_body = max_body
-
-    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        stream, client, environ = self._stream, req.context.client, req.env
-        client.require("write", stream)
-        batch = is_batch(req.content_type)
-        key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY"))
-        data = read_body(environ, self._max_body)
-        data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
-        entry = Entry(stream, client.name, key, json_texts(data, batch), batch)
-        url = link(req, stream.name)
-        if put := environ.get("inlet.put"):  # the server has it committed together with others, and answers then
-            entry.deadline = environ["inlet.arrived_at"] + BUSY_TIMEOUT_S
-            put(entry, url)
-        else:
-            self._store.append(entry)
-            resp.status, headers, resp.data = answer_to(entry, url)
-            resp.set_headers(headers)
+        self.stream = stream
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        req.context.client.require("read", self._stream)
+        stream = self.stream
+        req.context.client.require("read", stream)
         resp.set_header("Vary", "Accept")
-        (after, limit, filters), ndjson = page_from(req.params, self._stream), wants_ndjson(req)
+        (after, limit, filters), ndjson = page_from(req.params, stream), wants_ndjson(req)
         abandoned = req.env.get("inlet.is_abandoned", lambda: False)
-        messages, size = [], 0
-        with self._store.page_turn if not filters else contextlib.nullcontext():
-            for row in self._store.page(self._stream, after, limit, filters, abandoned):
-                messages.append(envelope(row))
-                size += len(messages[-1])
+        texts, size = [], 0
+        with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
+            for row in self._store.page(stream, after, limit, filters, abandoned):
+                texts.append(envelope(row) if stream.has_ids else report_row(stream.fields, row))
+                size += len(texts[-1])
                 after = row[0]
                 if size >= PAGE_BYTES:
                     break
-        query = {"after": after} | ({} if limit == DEFAULT_PAGE else {"limit": limit}) | filters
-        next_page = f"{link(req, self._stream.name)}?{urlencode(query)}"
-        resp.set_header("Link", f'<{next_page}>; rel="next"')
+        name, tail = b"rows", b""
+        if stream.has_ids:
+            query = {"after": after} | ({} if limit == DEFAULT_PAGE else {"limit": limit}) | filters
+            next_page = f"{link(req, stream.name)}?{urlencode(query)}"
+            resp.set_header("Link", f'<{next_page}>; rel="next"')
+            name, tail = b"messages", f', "next": {json_string(next_page)}'.encode()
         if ndjson:
             resp.content_type = NDJSON_TYPES[0]
             # JSON has line breaks between tokens only, where a space means the same.
-            lines = (message.replace(b"\n", b" ").replace(b"\r", b" ") for message in messages)
+            lines = (text.replace(b"\n", b" ").replace(b"\r", b" ") for text in texts)
             resp.data = b"".join(b"%b\n" % line for line in lines)
         else:
-            resp.data = b'{"messages": [%b], "next": %b}' % (b", ".join(messages), json_string(next_page).encode())
+            resp.data = b'{"%b": [%b]%b}' % (name, b", ".join(texts), tail)
 
     def on_get_message(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
-        req.context.client.require("read", self._stream)
-        row = self._store.message(self._stream, message_id)
+        req.context.client.require("read", self.stream)
+        row = self._store.message(self.stream, message_id)
         if row is None:
-            raise Problem(404, "There is no message with this id.", stream=self._stream.name)
+            raise Problem(404, "There is no message with this id.", stream=self.stream.name)
         resp.data = envelope(row)
 
     on_head = on_get
     on_head_message = on_get_message
 
 
+class StreamResource(ViewResource):
+    """/{stream} and /{stream}/{id}"""
+
+    def __init__(self, store: Store, stream: Stream, clients: Clients, max_body: int):
+        super().__init__(store, stream)
+        self._clients = clients
+        self._max_body = max_body
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        stream, client, environ = self.stream, req.context.client, req.env
+        if client:
+            client.require("write", stream)
+        batch = is_batch(req.content_type)
+        key = environ.get("HTTP_IDEMPOTENCY_KEY")
+        data = read_body(environ, self._max_body)
+        if signed := client is None:
+            client, key = self._clients.signer(environ, data)
+            client.require("write", stream)
+        data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
+        texts = json_texts(data, batch)
+        if signed and key is None:
+            key = id_in(texts[0])
+        headers = (kept_headers(environ),) if stream.has_headers else ()
+        entry = Entry(stream, client.name, idempotency_key(key), texts, headers, batch, signed)
+        url = link(req, stream.name)
+        if put := environ.get("inlet.put"):  # the server has it committed together with others, and answers then
+            entry.deadline = environ["inlet.arrived_at"] + BUSY_TIMEOUT_S
+            req.context.is_put = True
+            put(entry, url)
+        else:
+            self._store.append(entry)
+            resp.status, headers, resp.data = answer_to(entry, url)
+            resp.set_headers(headers)
+
+
 class RootResource:
     """/"""
 
-    def __init__(self, schema: Schema):
-        self._schema = schema
+    def __init__(self, store: Store):
+        self._store = store
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        streams = {}
-        for name, stream in self._schema.streams.items():
-            can = [action for action in ("write", "read") if req.context.client.can(action, stream)]
+        streams, views = {}, {}
+        for name, stream in self._store.schema.streams.items():
+            can = [action for action in ("write", "read")[not stream.takes :] if req.context.client.can(action, stream)]
             if can:
-                streams[name] = {"href": link(req, name), "can": can, "fields": list(stream.fields)}
-        resp.media = {"service": "Inlet", "version": __version__, "streams": streams}
+                found = {"href": link(req, name), "can": can, "fields": list(stream.fields)}
+                if stream.has_ids:
+                    found["last_id"] = self._store.last_id(stream)
+                (streams if stream.takes else views)[name] = found
+        resp.media = {"service": "Inlet", "version": __version__, "streams": streams, "views": views}
 
     on_head = on_get
 
@@ -1499,6 +1842,67 @@ class HealthResource:
             time.sleep(self.EVERY_S)
 
 
+class MetricsResource:
+    """/metrics, in the text format of Prometheus: https://prometheus.io/docs/instrumenting/exposition_formats/"""
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        req.context.client.require("read")
+        store, wal = self._store, Path(f"{self._store.database.path}-wal")
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        messages = [
+            ({"stream": each.name}, store.last_id(each)) for each in store.schema.streams.values() if each.takes
+        ]
+        about = {"version": __version__, "sqlite": sqlite3.sqlite_version, "python": platform.python_version()}
+        families = [
+            ("build_info", "gauge", "The versions that run.", [(about, 1)]),
+            ("messages_total", "counter", "Messages that were stored, by all processes.", messages),
+            ("waiting", "gauge", "Messages that wait for a COMMIT.", [({}, len(store.queue))]),
+            ("database_bytes", "gauge", "The size of the database.", [({}, store.database.path.stat().st_size)]),
+            ("wal_bytes", "gauge", "The size of its WAL.", [({}, wal.stat().st_size if wal.exists() else 0)]),
+            *store.statistics.families(),
+        ]
+        process = [
+            ("start_time_seconds", "gauge", "When this process started, in Unix time.", [({}, STARTED_AT)]),
+            ("cpu_seconds_total", "counter", "CPU time of this process.", [({}, used.ru_utime + used.ru_stime)]),
+            ("resident_memory_bytes", "gauge", "Its memory.", [({}, resident_bytes(used.ru_maxrss))]),
+        ]
+        resp.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        resp.text = "".join([*map(exposed("inlet"), families), *map(exposed("process"), process)])
+
+
+def exposed(prefix: str) -> Callable[[tuple], str]:
+    """Return what writes a metric: its name, type, help, and samples of (labels, value).
+
+    A histogram has samples of (its buckets by their upper bounds, the sum of what was seen).
+    """
+
+    def lines(family: tuple) -> str:
+        name, kind, about, samples = f"{prefix}_{family[0]}", *family[1:]
+        out = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+        for labels, value in samples:
+            if kind == "histogram":
+                counts = [*accumulate(labels.values())]
+                out += [f'{name}_bucket{{le="{le}"}} {count}' for le, count in zip(labels, counts, strict=True)]
+                out += [f"{name}_sum {value}", f"{name}_count {counts[-1]}"]
+            else:
+                pairs = ",".join(f'{label}="{text}"' for label, text in labels.items())
+                out.append(f"{name}{{{pairs}}} {value}" if pairs else f"{name} {value}")
+        return "\n".join([*out, ""])
+
+    return lines
+
+
+def resident_bytes(largest: int) -> int:
+    """Return the memory of this process; where there is no /proc (macOS), the most that it has had."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return largest
+
+
 # ==================== The server behind `python service.py` =========================================
 
 CONNECTIONS = 4096  # fewer if the process may not open as many files
@@ -1529,7 +1933,7 @@ class Server:
     stands by when its write has ended. GETs have threads of their own. Only the loop touches connections.
     """
 
-    def __init__(self, app: Callable, settings: Settings, store: Store, authenticate: Callable[[str | None], Client]):
+    def __init__(self, app: Callable, settings: Settings, store: Store, authenticate: Callable[..., Client | None]):
         self.app = app
         self.settings = settings
         self.store = store
@@ -1612,6 +2016,7 @@ class Server:
         while self._posts and time.monotonic() < until:
             self._posts.popleft().run()
         self._send_answers()
+        self.store.statistics.tell()
         if self.store.queue:
             self._write()  # and now the other thread may be the loop
 
@@ -1788,6 +2193,7 @@ class Connection(dispatcher):
             self.request = self.request or Request(self)
             self.request.keeps_alive, self.request.body = False, None
             self.request.answer = problem.answer()
+            self.server.store.statistics.answered("", problem.status, detail=problem.detail)
             self.answer(self.request)
 
     def _read_head(self) -> bool:
@@ -1801,7 +2207,7 @@ class Connection(dispatcher):
         self._input, self.request = rest, Request(self)
         self.request.read_head(head + b"\r\n")
         if self.request.body:
-            self.request.client = self.server.authenticate(self.request.headers.get("HTTP_AUTHORIZATION"))
+            self.request.client = self.server.authenticate(self.request.headers, self.request.method)
             self.request.admitted_at = time.monotonic()
             self.server.require_room(self.request.length, 0)
             if self.request.expects_continue:
@@ -1818,8 +2224,11 @@ class Connection(dispatcher):
             return
         self._lingers = not request.keeps_alive or self.server.stopping
         status, headers, content = request.answer
-        lines = [f"HTTP/1.1 {status}", *(f"{name.title()}: {value}" for name, value in headers), "Server: Inlet"]
-        lines.append(f"Date: {http_date(int(time.time()), usegmt=True)}")
+        lines = [
+            f"HTTP/1.1 {status}",
+            *(f"{name.title()}: {value}" for name, value in [*headers, *request.more_headers]),
+        ]
+        lines += ["Server: Inlet", f"Date: {http_date(int(time.time()), usegmt=True)}"]
         if request.method != "HEAD":
             lines.append(f"Content-Length: {len(content)}")
         if self._lingers or request.version == "1.0":
@@ -1878,6 +2287,7 @@ class Request:
     arrived_at = 0.0  # when it had come in whole
     is_put = False  # does its message wait in the queue of the store?
     answer: Answer
+    more_headers: list[tuple[str, str]] | tuple = ()
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -1925,9 +2335,10 @@ class Request:
 
         try:
             content = b"".join(self.connection.server.app(self.environ(), start_response))
-            if self.is_put:
-                return
             status, headers = answer
+            if self.is_put:
+                self.more_headers = [header for header in headers if header[0].startswith("access-control-")]
+                return
             if self.method != "HEAD":
                 headers = [header for header in headers if header[0].lower() != "content-length"]
             self.answer = status, headers, content
@@ -1975,6 +2386,9 @@ class Request:
         """Take note that the entry has its result, or that nobody writes. The store calls this in any thread."""
         if entry.result:
             self.answer = answer_to(entry, self.url)
+            detail = entry.result.detail if isinstance(entry.result, Problem) else ""
+            statistics = self.connection.server.store.statistics
+            statistics.answered(entry.stream.name, int(self.answer[0][:3]), entry.client, detail)
             self.connection.server.finish(self)
         else:
             self.connection.server.wake()
@@ -2224,9 +2638,9 @@ def show(progress: str) -> None:
 
 COMMANDS = """commands:
   (none)                serve
-  client add NAME       make a client and print its token, once, alone on stdout
-  client list           print the clients and what each can do
-  client remove NAME    remove a client; its token stops working within a second
+  client add NAME       make a client, or one more token for it, and print the token, once, alone on stdout
+  client list           print the clients: name, the beginning of the token's digest, when it was made, grants, scheme
+  client remove NAME [DIGEST]  remove a client, or one token by the beginning of its digest; it stops within a second
   migrate               rebuild what schema.sql has changed; if old messages break a new rule, say which
   backup PATH           write a consistent copy of the database, while the service runs
 
@@ -2253,6 +2667,9 @@ def parser() -> argparse.ArgumentParser:
         top.add_argument(each.metadata["flag"], metavar="VALUE", help=text)
     grants = "what client add grants: write, read, write:STREAM, read:STREAM; write read if left out"
     top.add_argument("--can", nargs="+", metavar="GRANT", default=["write", "read"], help=grants)
+    signs = f"client add: the sender signs its messages, by one of {', '.join(SCHEMES)}; prints its secret"
+    top.add_argument("--signs", metavar="SCHEME", choices=SCHEMES, help=signs)
+    top.add_argument("--secret", metavar="-", choices="-", help="client add --signs: read the secret from stdin")
     top.add_argument("--replace", action="store_true", help="let backup replace a file")
     top.add_argument("--version", action="version", version=f"Inlet {__version__}")
     return top
@@ -2268,7 +2685,7 @@ def main(arguments: list[str] | None = None) -> int:
             case []:
                 serve(settings)
             case ["client", *words]:
-                keep_clients(settings.database, words, options.can)
+                keep_clients(settings.database, words, options)
             case ["migrate"]:
                 for change in migrate(settings.database, read_schema(settings.schema)) or [
                     "no table had changed; the INSERTs in the file were run"
@@ -2298,9 +2715,11 @@ def serve(settings: Settings) -> None:
     token = secrets.token_urlsafe(32)
     store = Store(settings.database, read_schema(settings.schema))
     is_new = store.open(token)
-    clients = Clients(store)
+    clients = Clients(store, settings.cors)
     try:
-        server = Server(create_app(store, clients, settings.max_body), settings, store, clients.authenticate)
+        server = Server(
+            create_app(store, clients, settings.max_body, settings.cors), settings, store, clients.authenticate
+        )
     except (OSError, ValueError) as error:
         raise SetupError(f"cannot listen on {settings.listen}: {error}") from None
     host, _, port = settings.listen.rpartition(":")
@@ -2326,39 +2745,54 @@ curl -i {to} -H "Authorization: Bearer {token}" -H "Content-Type: application/js
 """
 
 
-def keep_clients(database: Path, words: list[str], can: list[str]) -> None:
+def keep_clients(database: Path, words: list[str], options: argparse.Namespace) -> None:
     """List the clients, or add or remove one, whatever schema.sql looks like; SetupError if that makes no sense."""
     with alone(database) as db:
-        db.execute(CLIENTS_TABLE)
+        db.execute("BEGIN IMMEDIATE")
+        make_clients(db)
         match words:
             case ["list"]:
-                for name, grants in db.execute("SELECT c.name, c.can FROM clients AS c ORDER BY c.name"):
-                    print(f"{name}\t{grants}")
+                listed = "c.name, substr(c.token, 1, 8), ifnull(c.made_at, 'unknown'), c.can, ifnull(c.signs, 'token')"
+                for row in db.execute(f"SELECT {listed} FROM clients AS c ORDER BY c.name, c.made_at"):
+                    print(*row, sep="\t")
             case ["add", name]:
-                print(add_client(db, name, can))
-            case ["remove", name]:
-                if not db.execute("DELETE FROM clients WHERE name = ?", (name,)).rowcount:
-                    raise SetupError(f"there is no client {name}")
+                print(add_client(db, name, options))
+            case ["remove", name, *digest] if len(digest) < 2:
+                which = "name = ? AND substr(token, 1, length(?2)) = ?2"
+                if not db.execute(f"DELETE FROM clients WHERE {which}", (name, *(digest or [""]))).rowcount:
+                    raise SetupError(f"there is no client {' '.join(words[1:])}")
             case _:
                 raise SetupError("client takes add NAME [--can GRANT …], list, or remove NAME, with --can at the end")
+        db.execute("COMMIT")
 
 
-def add_client(db: sqlite3.Connection, name: str, can: list[str]) -> str:
-    """Make a client and return its token; SetupError if the name is taken or a grant makes no sense."""
+def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -> str:
+    """Make a client and return its token, or its secret if it signs; SetupError if something makes no sense."""
     if not re.fullmatch(r"\w[\w.@-]{0,63}", name):
         raise SetupError("NAME takes up to 64 letters, digits, '.', '_', '-' and '@'")
-    tables = [made.name for made in schema_objects(db).values() if made.kind == "table"]
-    streams = [table for table in tables if columns_of(db, table).keys() >= MESSAGE_COLUMNS.keys()]
-    for grant in can:
+    found = [made for made in schema_objects(db).values() if made.kind in ("table", "view")]
+    streams = [made.name for made in found if made.kind == "view" or is_stream(db, made.name)]
+    for grant in options.can:
         action, colon, stream = grant.partition(":")
         if action not in ("write", "read"):
             raise SetupError(f"{grant} is no grant: they are write, read, write:STREAM and read:STREAM")
         if colon and stream not in streams:
             raise SetupError(f"there is no stream {stream}: there are {', '.join(streams)}")
-    token = secrets.token_urlsafe(32)
-    if not db.execute(ADD_CLIENT, (name, digest_of(token), " ".join(can))).rowcount:
-        raise SetupError(f"there is a client {name} already; remove it first")
-    return token
+    secret = secrets.token_urlsafe(32)
+    if options.signs:
+        scheme = SCHEMES[options.signs]
+        secret = scheme.made + base64.b64encode(secrets.token_bytes(32)).decode()
+        secret = sys.stdin.readline().strip() if options.secret else secret
+        try:
+            long_enough = len(scheme.secret(secret)) >= SHORTEST_SECRET
+        except ValueError:
+            long_enough = False
+        if not long_enough:
+            raise SetupError(f"this is not a secret of the scheme {options.signs}")
+    row = (name, digest_of(secret), " ".join(options.can), utc_now(), options.signs, secret if options.signs else None)
+    if not db.execute(ADD_CLIENT, row).rowcount:
+        raise SetupError("this secret is there already")
+    return secret
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import base64
 import contextlib
 import fcntl
 import gzip
+import hmac
 import http.client
 import http.server
 import io
 import json
+import logging
+import math
 import os
 import random
 import re
@@ -15,6 +18,7 @@ import shlex
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -405,8 +409,9 @@ def start(folder, *arguments):
     return subprocess.Popen(command_line(folder, *arguments), stdout=pipe, stderr=pipe, text=True)
 
 
-def run(folder, *arguments):
-    return subprocess.run(command_line(folder, *arguments), capture_output=True, text=True, timeout=60)
+def run(folder, *arguments, given=None):
+    command = command_line(folder, *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, input=given)
 
 
 def readme(language):
@@ -488,6 +493,7 @@ def test_a_database_that_cannot_be_read_is_503(client, store):
     ("--max-body 1e6", ["--max-body", "INLET_MAX_BODY"]), ("--listen 8080", ["--listen", "HOST:PORT"]),
     ("--listen 127.0.0.1:99999", ["127.0.0.1:99999"]), ("--listen 'no such host:0'", ["no such host:0"]),
     ("--listen unix:", ["--listen", "unix:PATH"]), ("--prefix ingest/", ["--prefix", "INLET_PREFIX", "/ingest"]),
+    ("--cors a.example", ["--cors", "https://a.example"]),
     ("--schema no-such.sql", ["no-such.sql", "cannot be read"]), ("--database no-such/inlet.db", ["no-such"]),
     ("--database ''", ["--database", "the path of"]), ("--database .", ["cannot be opened"]),
     ("--no-such-flag", ["--no-such-flag"]), ("no-such-command", ["no-such-command"]), ("backup", ["backup"]),
@@ -508,8 +514,9 @@ def test_a_flag_counts_more_than_the_environment(one_line_error, monkeypatch):
 
 def test_the_help_names_every_setting_and_command(command):
     _, text, _ = command("--help")
-    names = ["LISTEN", "DATABASE", "SCHEMA", "THREADS", "MAX_BODY", "PREFIX"]
-    for word in [*(f"INLET_{name}" for name in names), "client add", "migrate", "backup PATH", "--replace", "--can"]:
+    names = ["LISTEN", "DATABASE", "SCHEMA", "THREADS", "MAX_BODY", "PREFIX", "CORS"]
+    flags = ["--replace", "--can", "--signs", "--secret"]
+    for word in [*(f"INLET_{name}" for name in names), "client add", "migrate", "backup PATH", *flags]:
         assert word in text
 
 
@@ -605,6 +612,33 @@ def test_the_schemas_in_schema_sql_and_readme_work(open_store, tmp_path):
         with pytest.raises(service.Problem) as refused:
             append(store, "readings", f'{{"sensor": "b-4", {more}}}')
         assert ("serial" if "serial" in more else "value") in str(refused.value)
+
+
+def test_the_recipes_in_readme_work(open_store):
+    example, recipes = readme("sql")
+    now = [NOW]
+    store = open_store(stream_sql("messages") + example + recipes.replace("1000000", "3"), clock=lambda: now[0])
+    client = client_of(store)
+    for n in range(6):
+        client.post("messages", str(n))
+    assert [message["body"] for message in client.get("/messages").json["messages"]] == [3, 4, 5]
+    days = [f"2026-{day}.000Z" for day in ("10-01T10:00:00", "10-30T23:59:59", "10-31T10:00:00", "11-30T10:00:00")]
+    for now[0] in days:
+        for value in (1, 55):
+            body = {"sensor": "a-17", "value": value, "serial": 100 * days.index(now[0]) + value}
+            assert client.post("readings", json.dumps(body)).status_code == 201
+    kept = [message["received_at"] for message in client.get("/readings").json["messages"]]
+    assert kept == [days[2]] * 2 + [days[3]] * 2
+    (plan,) = rows(store, "EXPLAIN QUERY PLAN DELETE FROM readings WHERE received_at < '2026'")
+    assert "INDEX readings_received_at" in plan[3]
+    assert client.get("/by_hour?hour=2026-11-30T10").json == {"rows": [{"hour": "2026-11-30T10", "count": 2}]}
+    assert [message["body"]["value"] for message in client.get("/latest").json["messages"]] == [55]
+    assert len(client.get("/alarms?hour=2026-11-30T10").json["messages"]) == 1
+    add_tester(store.database.path, "sensor", "s", "write:readings")
+    assert client.post("alarms", "1", Authorization="Bearer s").status_code == 403
+    for event in ("push", "ping"):
+        client.post("deliveries", "{}", X_GitHub_Event=event)
+    assert [message["headers"]["x-github-event"] for message in client.get("/pushes").json["messages"]] == ["push"]
 
 
 def test_named_rules_speak_however_they_are_written(open_store):
@@ -908,9 +942,239 @@ def test_a_database_of_before_1_1_keeps_its_clients(tmp_path, open_store, comman
     with contextlib.closing(sqlite3.connect(tmp_path / "inlet.db", isolation_level=None)) as db:
         old = "\n    name TEXT NOT NULL PRIMARY KEY,\n    token TEXT NOT NULL UNIQUE,  -- its digest\n    can TEXT NOT NULL\n"
         db.executescript(f"CREATE TABLE IF NOT EXISTS clients ({old}) STRICT;{SCHEMA}")
+        db.execute("INSERT INTO messages (received_at, client, key, body) VALUES ('t', 'tester', 'k', '1')")
     add_tester(tmp_path / "inlet.db")
-    assert client_of(open_store()).post("messages", "1").status_code == 201
-    assert command("client", "list")[1] == "tester\twrite read\n"
+    client = client_of(open_store())
+    assert client.post("messages", "1", Idempotency_Key="k").headers["Idempotent-Replayed"] == "true"
+    assert client.post("messages", "1").json["id"] == 2
+    assert command("client", "list")[1] == f"tester\t{service.digest_of(TOKEN)[:8]}\tunknown\twrite read\ttoken\n"
+
+
+def test_a_token_is_replaced_by_another_of_the_same_client(client, store, command):
+    """Keys belong to the name, so that a replay still is one. A token that is new is looked for at once."""
+    assert client.post("messages", "1", Idempotency_Key="k").status_code == 201
+    _, token, _ = command("client", "add", "tester", "--can", "write")
+    answer = client.post("messages", "1", Idempotency_Key="k", Authorization=f"Bearer {token.strip()}")
+    assert (answer.status_code, answer.headers["Idempotent-Replayed"]) == (201, "true")
+    assert client.get("/messages", Authorization=f"Bearer {token.strip()}").status_code == 403
+    listed = [line.split("\t") for line in command("client", "list")[1].splitlines()]
+    digests = {service.digest_of(TOKEN)[:8], service.digest_of(token.strip())[:8]}
+    assert {(name, digest) for name, digest, *_ in listed} == {("tester", digest) for digest in digests}
+    assert command("client", "remove", "tester", service.digest_of(TOKEN)[:8]) == (0, "", "")
+    eventually(lambda: client.get("/messages").status_code == 401, within_s=3)
+    assert client.post("messages", "2", Authorization=f"Bearer {token.strip()}").status_code == 201
+
+
+def test_the_database_can_be_read_by_its_owner_only(tmp_path, open_store):
+    """It may hold secrets."""
+    store = open_store()
+    append(store, "messages", "1")
+    for name in ("inlet.db", "inlet.db-wal", "inlet.db-shm"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
+    (tmp_path / "inlet.db").chmod(0o640)  # and what its owner has chosen stays
+    open_store()
+    assert stat.S_IMODE((tmp_path / "inlet.db").stat().st_mode) == 0o640
+
+
+def signed(scheme, secret, body, at=None, ident="d-1"):
+    """The headers with which a sender signs a body, as its documentation has it; at: the time that it signs."""
+    at = str(int(time.time() if at is None else at))
+    if scheme == "standard":
+        key, text = base64.b64decode(secret.removeprefix("whsec_")), f"{ident}.{at}.".encode() + body
+        signature = base64.b64encode(hmac.digest(key, text, "sha256")).decode()
+        return {"Webhook-Id": ident, "Webhook-Timestamp": at, "Webhook-Signature": f"v1,{signature}"}
+    if scheme == "stripe":
+        return {
+            "Stripe-Signature": f"t={at},v1={hmac.digest(secret.encode(), at.encode() + b'.' + body, 'sha256').hex()}"
+        }
+    digest = hmac.digest(secret.encode(), body, "sha256")
+    if scheme == "github":
+        return {"X-GitHub-Delivery": ident, "X-Hub-Signature-256": f"sha256={digest.hex()}"}
+    return {"X-Shopify-Webhook-Id": ident, "X-Shopify-Hmac-Sha256": base64.b64encode(digest).decode()}
+
+
+DELIVERY = b'{"id": "d-1", "n": 1}'
+
+
+@pytest.fixture(params=["standard", "github", "stripe", "shopify"])
+def sender(request, store, command, client):
+    """Sends a body, signed by a client of a scheme that may write to messages; (answer, the headers that it has sent)."""
+    _, secret, _ = command("client", "add", "shop", "--signs", request.param, "--can", "write:messages")
+
+    made = secret.strip()
+
+    def send_it(body=DELIVERY, to="messages", secret=made, change=lambda headers: headers, more=None, **options):
+        headers = change(signed(request.param, secret, body, **options)) | (more or {})
+        return client.post(to, body, Authorization=None, **headers), headers
+
+    send_it.scheme, send_it.secret = request.param, made
+    return send_it
+
+
+def test_a_signed_message_needs_no_token_and_its_delivery_is_its_key(sender, store):
+    answer, _ = sender()
+    assert (answer.status_code, rows(store, "SELECT client, key, body FROM messages")) == (
+        201,
+        [("shop", "d-1", DELIVERY.decode())],
+    )
+    for body in (
+        DELIVERY,
+        DELIVERY.replace(b"1}", b"2}"),
+    ):  # a redelivery: the first body stays, for who can only try again
+        answer, _ = sender(body, at=time.time() + 1)
+        assert (answer.status_code, answer.headers["Idempotent-Replayed"], answer.json["id"]) == (201, "true", 1)
+    assert sender(to="readings")[0].status_code == 403
+    assert sender(to="nothing")[0].status_code == 404
+    packed = gzip.compress(DELIVERY.replace(b"d-1", b"d-2"))
+    assert (
+        sender(packed, ident="d-2", more={"Content-Encoding": "gzip"})[0].status_code == 201
+    )  # it signs what it sends
+    assert rows(store, "SELECT key FROM messages") == [("d-1",), ("d-2",)]
+
+
+def test_a_signature_that_is_not_right_is_401(sender, client, store):
+    name = next(
+        name for name in signed(sender.scheme, sender.secret, b"") if "sig" in name.lower() or "hmac" in name.lower()
+    )
+    made = signed(sender.scheme, sender.secret, DELIVERY)[name]
+    for wrong in (
+        "",
+        "x",
+        "é",
+        "v1,é",
+        "sha256=é",
+        made[:-4],
+        made.swapcase(),
+        made + "0",
+        ",".join(["v1=0"] * 2000),
+        "t=1,v1=0",
+    ):
+        assert sender(change=lambda headers: headers | {name: wrong})[0].status_code == 401, wrong  # noqa: B023
+    assert sender(secret="whsec_" + "A" * 44)[0].status_code == 401
+    headers = signed(sender.scheme, sender.secret, DELIVERY)
+    assert client.post("messages", DELIVERY + b" ", Authorization=None, **headers).status_code == 401
+    assert client.post("messages", DELIVERY, Authorization="Bearer x", **headers).status_code == 401  # the token counts
+    assert client.simulate_get("/messages", headers=headers).status_code == 401
+    if sender.scheme in ("standard", "stripe"):
+        for seconds, status in ((-301, 401), (301, 401), (-290, 201), (290, 201)):
+            assert sender(at=time.time() + seconds)[0].status_code == status, seconds
+    assert len(rows(store, "SELECT * FROM messages")) == (sender.scheme in ("standard", "stripe"))
+
+
+def test_a_secret_is_rotated_by_a_second_one(sender, command, client):
+    """Senders that can have two secrets sign with both; of the others either comes alone."""
+    _, other, _ = command("client", "add", "shop", "--signs", sender.scheme, "--can", "write:messages")
+    eventually(lambda: sender(secret=other.strip())[0].status_code == 201, within_s=3)
+    assert sender()[0].status_code == 201
+    assert command("client", "remove", "shop", service.digest_of(sender.secret)[:8])[0] == 0
+    eventually(lambda: sender()[0].status_code == 401, within_s=3)
+    separator, name = {"standard": (" ", "Webhook-Signature"), "stripe": (",", "Stripe-Signature")}.get(
+        sender.scheme, "  "
+    )
+    if name != " ":
+        at = time.time()
+        both = [signed(sender.scheme, secret, DELIVERY, at=at) for secret in (sender.secret, other.strip())]
+        headers = both[0] | {name: separator.join(each[name] for each in both)}
+        assert client.post("messages", DELIVERY, Authorization=None, **headers).status_code == 201
+
+
+def test_secrets_that_senders_dictate_come_from_stdin(store, command, monkeypatch, one_line_error):
+    for scheme, secret in (("stripe", "whsec_abcdefgh12345"), ("standard", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(secret + "\n"))
+        assert command("client", "add", scheme, "--signs", scheme, "--secret", "-") == (0, secret + "\n", "")
+        assert command("client", "list")[1].count(f"{scheme}\t{service.digest_of(secret)[:8]}\t20") == 1
+    for scheme, secret in (("standard", "whsec_é"), ("github", "short"), ("shopify", "")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(secret + "\n"))
+        assert scheme in one_line_error("client", "add", "x", "--signs", scheme, "--secret", "-")
+    assert "--signs" in one_line_error("client", "add", "x", "--signs", "paypal")
+
+
+def test_a_hundred_secrets_take_less_than_a_millisecond(client, store, command):
+    for _ in range(100):
+        assert command("client", "add", "shop", "--signs", "github")[0] == 0
+    body = json.dumps("x" * 10_000).encode()
+    client.post("messages", body, Authorization=None, **signed("github", "the wrong secret", body))  # reads the clients
+    environ = falcon.testing.create_environ(headers=signed("github", "the wrong secret", body))
+    clients, taken = service.Clients(store), []
+    clients.read()
+    for _ in range(20):
+        started = time.perf_counter()
+        with pytest.raises(service.Problem):
+            clients.signer(environ, body)
+        taken.append(time.perf_counter() - started)
+    assert min(taken) < 0.002  # 0.6 ms, when nothing else runs
+
+
+# Statistics
+
+
+def metrics(client):
+    """The samples of /metrics: name with labels → value."""
+    answer = client.get("/metrics")
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in answer.text.splitlines() if line[0] != "#"
+    }
+
+
+def test_metrics_count_what_was_stored_and_refused(client, store):
+    before = metrics(client)
+    assert before['inlet_messages_total{stream="readings"}'] == 0
+    for body, status in ((READING, 201), (READING, 201), ("{}", 422), ("no", 400)):
+        assert client.post("readings", body).status_code == status
+    client.post("messages", "1\n2\n3", **BATCH)
+    change(store, "DELETE FROM readings")
+    after = metrics(client)
+    assert after['inlet_messages_total{stream="readings"}'] == 2  # also of what was deleted, and in other processes
+    assert after['inlet_messages_total{stream="messages"}'] == 3
+    counted = {"201": 2, "422": 1, "400": 1}
+    for status, count in counted.items():
+        assert after[f'inlet_requests_total{{stream="readings",status="{status}"}}'] == count
+    assert after["inlet_commits_total"] == after["inlet_commit_duration_seconds_count"] == 4
+    assert after["inlet_messages_per_commit_sum"] == 5
+    assert after['inlet_messages_per_commit_bucket{le="+Inf"}'] == 4
+    assert 0 < after["inlet_commit_duration_seconds_sum"] < 4
+    assert after["inlet_database_bytes"] > 0 < after["inlet_wal_bytes"]
+    assert after["inlet_waiting"] == 0
+    assert abs(time.time() - after["process_start_time_seconds"]) < 3600
+    assert after["process_resident_memory_bytes"] > 10_000_000
+
+
+def test_metrics_need_a_grant_for_everything(client, store):
+    add_tester(store.database.path, "writer", "w", "write read:messages")
+    assert client.get("/metrics", Authorization="Bearer w").status_code == 403
+    assert client.simulate_get("/metrics").status_code == 401
+
+
+def test_the_log_names_refusals_and_counts_the_rest(store, server):
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(300):
+            assert send(connection, "POST", "/readings", "{}")[0] == 422
+        assert send(connection, "GET", "/nothing%0aat%20all")[0] == 404
+        time.sleep(1.1)
+        assert send(connection, "POST", "/readings?a%0ab=1", "no")[0] == 400
+    refused = [line for line in server.log.splitlines() if " inlet INFO " in line]
+    assert "422 to 'tester' at /readings: 'sensor is required'" in refused[0]
+    assert sum(" 422 to " in line for line in refused) < 60
+    counted = [int(n) for n in re.findall(r"and (\d+) more refusals", server.log)]
+    assert sum(counted) + sum(" to 'tester' at " in line for line in refused) == 302
+    assert all(line[:2] == "20" for line in server.log.splitlines())  # no line breaks from outside
+    assert TOKEN not in server.log
+
+
+def test_the_log_says_what_came_in_a_minute(store, caplog, monkeypatch):
+    client = client_of(store)
+    for body in (READING, "{}", READING):
+        client.post("readings", body)
+    caplog.set_level(logging.INFO)
+    now = time.monotonic()
+    monkeypatch.setattr(service.time, "monotonic", lambda: now + 61)
+    store.statistics.tell()
+    store.statistics.tell()
+    monkeypatch.setattr(service.time, "monotonic", lambda: now + 200)  # a minute in which nothing came
+    store.statistics.tell()
+    told = [record.message for record in caplog.records if "minute" in record.message]
+    assert [line[: line.index("slowest")] for line in told] == ["in a minute: 2 requests stored, 1 refused, 0 failed; "]
 
 
 # Reading requests
@@ -1313,13 +1577,145 @@ def test_one_message_can_be_read(client):
 
 def test_the_root_says_what_there_is_and_links_honour_the_mount_point(client):
     fields = ["sensor", "value", "lot", "batch", "size", "note"]
-    streams = {"messages": {"href": "/messages", "can": ["write", "read"], "fields": []}}
-    streams["readings"] = {"href": "/readings", "can": ["write", "read"], "fields": fields}
-    assert client.get("/").json == {"service": "Inlet", "version": service.__version__, "streams": streams}
+    for _ in range(3):
+        client.post("readings", READING)
+    streams = {"messages": {"href": "/messages", "can": ["write", "read"], "fields": [], "last_id": 0}}
+    streams["readings"] = {"href": "/readings", "can": ["write", "read"], "fields": fields, "last_id": 3}
+    views = {"warm": {"href": "/warm", "can": ["read"], "fields": fields, "last_id": 3}}
+    about = {"service": "Inlet", "version": service.__version__, "streams": streams, "views": views}
+    assert client.get("/").json == about
     inside = {"extras": {"SCRIPT_NAME": "/a b"}, "headers": AUTHORIZATION | {"Content-Type": "application/json"}}
     assert client.simulate_post("/messages", body="{}", **inside).headers["Location"] == "/a%20b/messages/1"
     assert client.simulate_get("/messages", **inside).json["next"] == "/a%20b/messages?after=1"
     assert client.simulate_get("/", **inside).json["streams"]["messages"]["href"] == "/a%20b/messages"
+
+
+def test_a_stream_with_headers_keeps_those_of_the_request(open_store):
+    sql = stream_sql("messages", ", headers TEXT, type TEXT AS (headers ->> 'ce-type')") + stream_sql("plain")
+    store = open_store(sql)
+    client = client_of(store)
+    sent = {
+        "Ce-Type": "é é",
+        "X-B": '"2"',
+        "Cookie": "secret",
+        "Proxy-Authorization": "secret",
+        "Content-Type": "application/json",
+    }
+    sent |= {"X-Hub-Signature-256": "secret", "Webhook-Signature": "secret", "Content-Length": "1", "X-A": "1"}
+    client.post("messages", "1", **sent)
+    client.post("messages", "1\n2", Ce_Type="t", **BATCH)
+    one, *batch = client.get("/messages").json["messages"]
+    assert list(one) == ["id", "received_at", "client", "key", "body", "headers"]
+    kept = {"ce-type": "é é", "content-length": "1", "content-type": "application/json", "x-a": "1", "x-b": '"2"'}
+    assert {name: one["headers"][name] for name in kept} == kept
+    assert list(one["headers"]) == sorted(one["headers"])
+    assert "secret" not in json.dumps(one)
+    assert "authorization" not in one["headers"]
+    assert [message["headers"]["ce-type"] for message in batch] == ["t", "t"]
+    assert [message["id"] for message in client.get("/messages?type=t").json["messages"]] == [2, 3]
+    assert client.get("/messages/2").json["headers"]["ce-type"] == "t"
+    client.post("plain", "1")
+    assert "headers" not in client.get("/plain/1").json
+
+
+def test_migrate_gives_a_stream_headers_and_old_messages_have_none(client, store, migrate):
+    client.post("readings", READING)
+    assert migrate((READINGS, f", headers TEXT{READINGS}"))[0] == 0
+    with_headers = client_of(
+        service.Store(store.database.path, service.read_schema(store.database.path.with_name("schema.sql")))
+    )
+    with_headers.post("readings", READING, X_A="1")
+    old, new = with_headers.get("/readings").json["messages"]
+    assert (old["headers"], new["headers"]["x-a"]) == (None, "1")
+
+
+VIEWS = """CREATE VIEW large AS SELECT * FROM messages WHERE body > 2;
+CREATE VIEW latest AS SELECT client, max(id) AS last, count(*) AS "how many", x'00ff' AS bytes, NULL AS "nothing",
+    1.5 AS "n", 9e999 AS much, -9e999 AS little, '"' || char(10) AS text FROM messages GROUP BY client;
+CREATE VIEW odd AS SELECT id, 7 AS received_at, NULL AS client, 8 AS key, 'no json' AS body, '[1]' AS headers FROM messages;
+CREATE VIEW overflow AS SELECT abs(CAST(body AS INTEGER)) AS n FROM messages;
+CREATE VIEW _hidden AS SELECT 1 AS one;
+CREATE VIEW slow AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) AS n FROM n;
+"""
+
+
+def test_a_view_with_the_message_columns_is_a_feed_and_any_other_a_report(open_store):
+    client = client_of(open_store(stream_sql("messages") + VIEWS))
+    for n in range(1, 6):
+        client.post("messages", str(n))
+    page = client.get("/large?limit=2")
+    assert [message["body"] for message in page.json["messages"]] == [3, 4]
+    assert (page.json["next"], page.headers["Link"]) == (
+        "/large?after=4&limit=2",
+        '</large?after=4&limit=2>; rel="next"',
+    )
+    assert client.get(page.json["next"]).json["messages"][0]["id"] == 5
+    assert (client.get("/large/3").json["body"], client.get("/large/2").status_code) == (3, 404)
+    row = {"client": "tester", "last": 5, "how many": 5, "bytes": "00ff", "nothing": None, "n": 1.5}
+    row |= {"much": math.inf, "little": -math.inf, "text": '"\n'}
+    report = client.get("/latest")
+    assert report.json == {"rows": [row]}
+    assert "Infinity" not in report.text
+    assert json.loads(client.get("/latest", Accept="application/x-ndjson").text) == row
+    for query, found in (("how%20many=5&last=5", 1), ("client=nobody", 0), ("n=1.5&limit=1", 1)):
+        assert len(client.get(f"/latest?{query}").json["rows"]) == found, query
+    for query in ("after=1", "x=1", "limit=0"):
+        assert client.get(f"/latest?{query}").status_code == 400
+    odd = {"id": 1, "received_at": "7", "client": "", "key": "8", "body": "no json"}
+    assert {name: value for name, value in client.get("/odd/1").json.items() if name != "headers"} == odd
+    assert client.post("large", "1").status_code == 405
+    assert client.get("/latest/1").status_code == client.get("/_hidden").status_code == 404
+    assert client.get("/overflow").status_code == 200
+    client.post("messages", "2")
+    root = client.get("/").json
+    assert [root["views"][name].get("last_id") for name in ("large", "latest")] == [5, None]
+
+
+def test_a_view_that_cannot_be_read_is_503_and_a_slow_one_ends(open_store, monkeypatch, caplog):
+    monkeypatch.setattr(service, "READ_TIMEOUT_S", 0.5)
+    store = open_store(stream_sql("messages") + VIEWS)
+    client = client_of(store)
+    client.post("messages", "-9223372036854775808")
+    answer = client.get("/overflow")
+    assert (answer.status_code, answer.headers["Retry-After"], "overflow" in caplog.text) == (503, "2", True)
+    with within(5):
+        assert "took more than" in client.get("/slow").json["detail"]
+        assert client.get("/").status_code == 200
+    add_tester(store.database.path, "reader", "r", "read:latest")
+    assert client.get("/latest", Authorization="Bearer r").status_code == 200
+    assert client.get("/large", Authorization="Bearer r").status_code == 403
+
+
+@pytest.mark.parametrize(("sql", "words"), [
+    ("SELECT * FROM absent", ["view v", "absent"]), ("SELECT token FROM clients", ["view v", "clients"]),
+    ("SELECT 1 AS \"limit\"", ["view v", "limit"]), ("SELECT secret AS x FROM main.clients", ["view v", "clients"]),
+])  # fmt: skip
+def test_a_view_that_does_not_compile_or_shows_tokens_ends_the_start(sql, words, one_line_error, tmp_path):
+    for name in ("v", "_v"):
+        (tmp_path / "schema.sql").write_text(f"{X}CREATE VIEW {name} AS {sql};")
+        if (name, "limit") != ("_v", words[1]):
+            line = one_line_error()
+            assert all(word.replace("view v", f"view {name}") in line for word in words), line
+
+
+def test_pages_of_other_origins_may_use_it_if_they_are_named(server_with, store):
+    page = {"Origin": "https://a.example"}
+    preflight = page | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    ask = {"Authorization": "", "Content-Type": ""}
+    allowed = server_with("--cors", "https://a.example,https://b.example").connect()
+    status, headers, _ = send(allowed, "OPTIONS", "/messages", **ask, **preflight)
+    assert (status, headers["Access-Control-Allow-Origin"]) == (200, "https://a.example")
+    assert "POST" in headers["Access-Control-Allow-Methods"]
+    assert "authorization" in headers["Access-Control-Allow-Headers"]
+    for method, body, status in (("POST", "1", 201), ("POST", "no", 400), ("GET", None, 200)):
+        answer = send(allowed, method, "/messages", body, **page)
+        assert (answer[0], answer[1]["Access-Control-Allow-Origin"]) == (status, "https://a.example")
+        assert "Location" in answer[1]["Access-Control-Expose-Headers"]
+    assert send(allowed, "OPTIONS", "/messages", **ask)[0] == 401
+    assert send(allowed, "POST", "/messages", "1", Origin="https://c.example")[1]["Access-Control-Allow-Origin"] is None
+    none = server_with().connect()
+    assert send(none, "OPTIONS", "/messages", **ask, **preflight)[0] == 401
+    assert send(none, "POST", "/messages", "1", **page)[1]["Access-Control-Allow-Origin"] is None
 
 
 # Resources: health
@@ -1881,7 +2277,7 @@ def test_clients_are_added_listed_and_removed_beside_a_running_server(server, tm
     added = run(tmp_path, "client", "add", "sensor-7", "--can", "write:readings", "read")
     token = added.stdout.strip()
     assert (added.returncode, added.stdout.count("\n"), added.stderr) == (0, 1, "")
-    assert "sensor-7\twrite:readings read\n" in command("client", "list")[1]
+    assert "\twrite:readings read\ttoken\n" in command("client", "list")[1]
     connection, authorization = server.connect(), {"Authorization": f"Bearer {token}"}
     eventually(lambda: send(connection, "POST", "/readings", READING, **authorization)[0] == 201, within_s=5)
     assert send(connection, "POST", "/messages", READING, **authorization)[0] == 403
@@ -1892,7 +2288,7 @@ def test_clients_are_added_listed_and_removed_beside_a_running_server(server, tm
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["add", "x", "--can", "write:nothing"], "nothing"), (["add", "x", "--can", "delete"], "delete"), ([], "add NAME"),
-    (["add", "white space"], "NAME"), (["add", "tester"], "already"), (["remove", "nobody"], "nobody"),
+    (["add", "white space"], "NAME"), (["remove", "tester", "0000"], "tester 0000"), (["remove", "nobody"], "nobody"),
 ])  # fmt: skip
 def test_what_cannot_be_done_to_a_client_is_one_line(arguments, words, store, one_line_error):
     assert words in one_line_error("client", *arguments)
@@ -1904,7 +2300,7 @@ def test_a_leaked_token_can_be_revoked_whatever_schema_sql_looks_like(schema, st
     (tmp_path / "schema.sql").unlink()
     if schema:
         (tmp_path / "schema.sql").write_text(schema)
-    assert command("client", "list") == (0, "tester\twrite read\n", "")
+    assert command("client", "list")[1].startswith("tester\t")
     assert command("client", "remove", "tester") == (0, "", "")
     status, token, _ = command("client", "add", "other")
     assert status == 0

@@ -54,7 +54,7 @@ def serve_with_inlet(app):
         "app": app,
         "store": types.SimpleNamespace(queue=[]),
         "settings": service.Settings(listen=LISTEN),
-        "authenticate": lambda authorization: None,
+        "authenticate": lambda *_: None,
     }
     wanted = inspect.signature(service.Server).parameters
     if hasattr(service, "STOP_SIGNALS"):
