@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import service
-from test_service import DEADLINE_S, TOKEN, send
+from test_service import DEADLINE_S, TOKEN, add_tester, send
 
 HEAD = f"POST /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
 
@@ -124,3 +124,22 @@ def test_the_time_to_wait_for_the_lock_begins_when_a_message_is_there(server, mo
             time.sleep(0.5)
             db.execute("ROLLBACK")
         assert sock.recv(1000).startswith(b"HTTP/1.1 201 ")
+
+
+def test_a_thousand_refusals_a_second_do_not_fill_the_log(server, tmp_path):
+    """And what comes from outside, or stands in the table by hand, breaks no line of it."""
+    add_tester(tmp_path / "inlet.db", "a\nb", "odd")
+    before = len(server.log.splitlines())
+    request = b"GET /messages?%s=1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer odd\r\n%s\r\n"
+    with connect(server) as sock:
+        sock.sendall(request % (b"%0a%1b[31m", b"") * 1999 + request % (b"x", b"Connection: close\r\n"))
+        assert all_of(sock).count(b"HTTP/1.1 400 ") == 2000
+    time.sleep(1.1)
+    with contextlib.closing(server.connect()) as connection:
+        send(connection, "POST", "/messages", "no")
+    lines = [line for line in server.log.splitlines()[before:] if " INFO " in line]
+    counted = sum(int(line.split()[-3]) for line in lines if line.endswith(" more refusals"))
+    named = [line for line in lines if " to 'a\\nb' at /messages: " in line]
+    assert len(named) + counted == 2000
+    assert len(named) < 200
+    assert all(line[:3] == "202" and line.isprintable() for line in server.log.splitlines())

@@ -1,0 +1,223 @@
+"""Signed senders with the packages and payloads of those who send, and what others read from /metrics."""
+
+import base64
+import contextlib
+import datetime
+import hmac
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import standardwebhooks
+import stripe
+from common import Server, database
+from deployed import DEPLOY, adapted, free_port, running
+from prometheus_client.parser import text_string_to_metric_families
+
+from service import digest_of
+from test_service import AUTHORIZATION, DEADLINE_S, READING, eventually, run, send, stream_sql
+
+# https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries#testing-the-webhook-payload-validation
+GITHUB_SECRET, GITHUB_BODY = "It's a Secret to Everybody", b"Hello, World!"
+GITHUB_DIGEST = "757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
+SCHEMA = stream_sql("messages", ", headers TEXT, event TEXT AS (headers ->> 'x-github-event')") + stream_sql("other")
+
+
+@pytest.fixture
+def server(tmp_path):
+    database(tmp_path, SCHEMA)
+    with contextlib.closing(Server(tmp_path, "--schema", str(tmp_path / "schema.sql"))) as process:
+        yield process
+
+
+def add(folder: Path, scheme: str, secret: str, *more: str) -> None:
+    """A client that signs with a secret that it dictates."""
+    added = run(folder, "client", "add", scheme, "--signs", scheme, "--secret", "-", *more, given=f"{secret}\n")
+    assert (added.returncode, added.stdout.strip()) == (0, secret), added.stderr
+
+
+def post(server: Server, body: bytes, **headers: str) -> tuple[int, dict]:
+    """Without a token; (status, JSON)."""
+    with contextlib.closing(server.connect()) as connection:
+        connection.request("POST", "/messages", body, {"Content-Type": "application/json"} | headers)
+        answer = connection.getresponse()
+        return answer.status, json.load(answer)
+
+
+def test_what_the_standardwebhooks_package_signs_is_taken(server, tmp_path):
+    secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    add(tmp_path, "standard", secret)
+    signer, now = standardwebhooks.Webhook(secret), datetime.datetime.now(datetime.UTC)
+    for number, body in enumerate(['{"test": 2432232314}', "é", "{}"]):
+        text = json.dumps(body) if body == "é" else body
+        signature = signer.sign(f"msg_{number}", now, text)
+        headers = {"webhook-id": f"msg_{number}", "webhook-timestamp": str(int(now.timestamp()))}
+        other = "v1," + base64.b64encode(b"x" * 32).decode()
+        for given in (signature, f"{other} v2,x {signature}"):
+            assert post(server, text.encode(), **headers, **{"webhook-signature": given})[1]["id"] == number + 1
+    assert post(server, b"{} ", **headers, **{"webhook-signature": signature})[0] == 401
+
+
+def test_the_vector_in_the_documentation_of_github(server, tmp_path):
+    add(tmp_path, "github", GITHUB_SECRET)
+    assert hmac.digest(GITHUB_SECRET.encode(), GITHUB_BODY, "sha256").hex() == GITHUB_DIGEST
+    headers = {"X-Hub-Signature-256": f"sha256={GITHUB_DIGEST}", "X-GitHub-Delivery": "d"}
+    status, problem = post(server, GITHUB_BODY, **headers)
+    assert (status, "not JSON" in problem["detail"]) == (400, True)  # so the signature was right
+    assert post(server, GITHUB_BODY + b"!", **headers)[0] == 401
+
+
+def test_the_payloads_of_github_come_in_with_their_events(server, tmp_path):
+    add(tmp_path, "github", GITHUB_SECRET)
+    (file,) = Path(os.environ["INLET_CORPUS"]).rglob("webhooks-examples/api.github.com/index.json")
+    sent = 0
+    for event in json.loads(file.read_bytes()):
+        for example in event["examples"]:
+            body, sent = json.dumps(example).encode(), sent + 1
+            digest = hmac.digest(GITHUB_SECRET.encode(), body, "sha256").hex()
+            headers = {"X-GitHub-Event": event["name"], "X-GitHub-Delivery": f"d-{sent}"}
+            assert post(server, body, **headers, **{"X-Hub-Signature-256": f"sha256={digest}"})[1]["id"] == sent
+    assert sent > 100
+    with contextlib.closing(server.connect()) as connection:
+        page = json.loads(send(connection, "GET", "/messages?event=push")[2])["messages"]
+    assert page
+    assert {message["headers"]["x-github-event"] for message in page} == {"push"}
+
+
+def test_what_the_stripe_package_signs_is_taken(server, tmp_path):
+    secret = "whsec_test_secret"
+    add(tmp_path, "stripe", secret)
+    for number in (1, 2):
+        body = json.dumps({"id": f"evt_{number}", "object": "event"})
+        at = int(time.time())
+        v1 = stripe.WebhookSignature._compute_signature(f"{at}.{body}", secret)
+        header = f"t={at},v1={'0' * 64},v1={v1},v0=x"
+        assert stripe.Webhook.construct_event(body, header, secret)["id"] == f"evt_{number}"
+        for _ in range(2):
+            assert post(server, body.encode(), **{"Stripe-Signature": header})[1]["id"] == number
+        assert post(server, body.encode() + b" ", **{"Stripe-Signature": header})[0] == 401
+
+
+def test_a_sender_that_can_neither_sign_nor_send_headers(server, tmp_path):
+    """As Amazon SNS: text/plain, the id of the delivery in a header of its own."""
+    port, token = free_port(), AUTHORIZATION["Authorization"]
+    changes = [("listen 8081;", f"listen 127.0.0.1:{port};"), ("THE-SECRET-PATH", "hook-Zk3")]
+    adapted("webhooks.conf", tmp_path, *changes, ("Bearer THE-TOKEN", token))
+    upstream = f"upstream inlet {{ server {server.address}; keepalive 8; }}"
+    places = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    conf = tmp_path / "all.conf"
+    conf.write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}"
+        f" http {{ access_log off; {places} {upstream} include {tmp_path}/webhooks.conf; }}"
+    )
+    body = b'{"Type": "Notification", "Message": "m"}'
+    with running(["nginx", "-p", tmp_path, "-c", conf], tmp_path, port, path="/"):
+        for path, method, status in (("/hook-Zk3", "POST", 201), ("/hook-Zk3", "GET", 403), ("/hook", "POST", 404)):
+            for _ in range(2):
+                headers = {"Content-Type": "text/plain; charset=UTF-8", "x-amz-sns-message-id": "sns-1"}
+                url = f"http://127.0.0.1:{port}{path}"
+                request = urllib.request.Request(url, body if method == "POST" else None, headers)
+                if status == 201:
+                    with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+                        assert (answer.status, json.load(answer)["id"]) == (201, 1)
+                else:
+                    with pytest.raises(urllib.error.HTTPError, match=str(status)):
+                        urllib.request.urlopen(request, timeout=DEADLINE_S)
+    with contextlib.closing(server.connect()) as connection:
+        (message,) = json.loads(send(connection, "GET", "/messages")[2])["messages"]
+    assert (message["key"], message["body"]["Message"]) == ("sns-1", "m")
+
+
+# /metrics
+
+
+def test_the_parser_of_prometheus_reads_every_metric(server):
+    with contextlib.closing(server.connect()) as connection:
+        for body in (READING, "no"):
+            send(connection, "POST", "/messages", body)
+        _, _, text = send(connection, "GET", "/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    assert families["inlet_commit_duration_seconds"].type == families["inlet_messages_per_commit"].type == "histogram"
+    assert families["inlet_messages"].type == "counter"
+    assert {sample.labels["stream"]: sample.value for sample in families["inlet_messages"].samples} == {
+        "messages": 1,
+        "other": 0,
+    }
+    requests = {(s.labels["stream"], s.labels["status"]): s.value for s in families["inlet_requests"].samples}
+    assert (requests["messages", "201"], requests["messages", "400"]) == (1, 1)
+    for name in ("commit_duration_seconds", "messages_per_commit"):
+        counts = [s.value for s in families[f"inlet_{name}"].samples if s.name.endswith("_bucket")]
+        assert counts == sorted(counts)
+    for name in ("inlet_build_info", "inlet_waiting", "inlet_wal_bytes", "inlet_database_bytes", "inlet_commits"):
+        assert families[name].documentation
+    assert {"process_start_time_seconds", "process_cpu_seconds", "process_resident_memory_bytes"} <= families.keys()
+
+
+def test_prometheus_scrapes_it_with_a_token_and_takes_the_rules(server, tmp_path):
+    for tool in ("prometheus", "promtool"):
+        assert shutil.which(tool), tool
+    port, token = free_port(), tmp_path / "inlet-token"
+    token.write_text(run(tmp_path, "client", "add", "prometheus", "--can", "read").stdout.strip())
+    changes = [("/etc/prometheus/inlet-token", str(token)), ("127.0.0.1:8080", server.address)]
+    file = adapted("prometheus.yml", tmp_path, *changes)
+    file.write_text("global: {scrape_interval: 1s}\n" + file.read_text())
+    shutil.copy(DEPLOY / "prometheus-rules.yml", tmp_path)
+    checked = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert "7 rules found" in checked.stdout
+    command = [
+        "prometheus",
+        f"--config.file={file}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        f"--storage.tsdb.path={tmp_path}/tsdb",
+    ]
+    with running(command, tmp_path, port, path="/-/ready"), contextlib.closing(server.connect()) as connection:
+        send(connection, "POST", "/messages", "1")
+
+        def value(query):
+            url = f"http://127.0.0.1:{port}/api/v1/query?query={query}"
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
+                return [float(each["value"][1]) for each in json.load(answer)["data"]["result"]]
+
+        eventually(lambda: value("up") == [1])
+        eventually(lambda: 1 in value("inlet_messages_total"))
+        assert value("inlet_build_info") == [1]
+
+
+def test_a_token_is_rotated_under_load_and_nobody_is_refused(server, tmp_path):
+    """In two processes: a new token is valid at once, and the old one ends within a second."""
+    first = Server(tmp_path, "--schema", str(tmp_path / "schema.sql"))
+    token, refused, stop = run(tmp_path, "client", "add", "rotated").stdout.strip(), [], threading.Event()
+    used = [token]
+
+    def load(process):
+        with contextlib.closing(process.connect()) as connection:
+            while not stop.is_set():
+                status, _, _ = send(connection, "POST", "/messages", "1", Authorization=f"Bearer {used[0]}")
+                refused.extend([status] * (status != 201))
+
+    threads = [threading.Thread(target=load, args=(process,)) for process in (first, server) * 4]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        old, used[0] = used[0], run(tmp_path, "client", "add", "rotated").stdout.strip()
+        time.sleep(0.5)  # every request with the old one has ended
+        assert run(tmp_path, "client", "remove", "rotated", digest_of(old)[:12]).returncode == 0
+        time.sleep(1.5)
+        for process in (first, server):
+            with contextlib.closing(process.connect()) as connection:
+                assert send(connection, "POST", "/messages", "1", Authorization=f"Bearer {old}")[0] == 401
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert refused == []
+    assert first.end() == 0
