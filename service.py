@@ -718,10 +718,7 @@ class Store:
                 entry.wake = threading.Lock()
                 entry.wake.acquire()
         if entry.wake and not entry.wake.acquire(timeout=max(0.0, entry.deadline - time.monotonic())):
-            with self._mutex:
-                if not (entry.result or entry.leads):
-                    entry.result = storage_problem(TimeoutError())
-                    self.queue = [waiting for waiting in self.queue if waiting is not entry]
+            self.withdraw(entry)
         if entry.leads:
             self._lead(entry)
         if isinstance(entry.result, Problem):
@@ -732,6 +729,14 @@ class Store:
         """Queue an entry for a COMMIT. entry.then is called when it has its result, or when somebody has to write()."""
         with self._mutex:
             self.queue.append(entry)
+
+    def withdraw(self, entry: Entry) -> None:
+        """Give an entry that still waits the result that its outcome is unknown."""
+        with self._mutex:
+            if not (entry.result or entry.leads):
+                entry.result = storage_problem(TimeoutError())
+                if entry in self.queue:
+                    self.queue.remove(entry)
 
     def write(self) -> None:
         """Write what is queued, if no other thread does."""
@@ -982,11 +987,6 @@ def locked(file: IO, deadline: float) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def private(path: str, flags: int) -> int:
-    """Open a file that only its owner may read, if it has to be made: an opener for open()."""
-    return os.open(path, flags, mode=0o600)
-
-
 @contextlib.contextmanager
 def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError."""
@@ -995,10 +995,14 @@ def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     path, deadline = path.resolve(), time.monotonic() + BUSY_TIMEOUT_S
     if not path.parent.is_dir():
         raise SetupError(f"there is no folder {path.parent} for the database {path.name}")
+    if mode == "rwc":
+        # Only its owner may read what has secrets. A file that is there must not be opened: to close it would take
+        # SQLite's locks from this process (https://www.sqlite.org/howtocorrupt.html, 2.2).
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode=0o600))
     with (
         open(f"{path}-lock", "ab") as file,
         locked(file, deadline),
-        open(path, "ab", opener=private) if mode == "rwc" else contextlib.nullcontext(),
         contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db,
     ):
         yield db
@@ -1009,29 +1013,55 @@ class Database:
 
     def __init__(self, path: Path):
         self.path = path.resolve()  # once: the WAL of a symlinked database stands beside the real file
-        self._paths = (str(self.path), f"{self.path}-wal")
+        self._paths = [f"{self.path}{suffix}" for suffix in ("", "-wal", "-shm")]
+        self._start_anew()
+        # A fork waits until no thread is inside of SQLite. Else the child would inherit locks that nobody releases.
+        self._one_fork = threading.Lock()
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
+
+    def _start_anew(self) -> None:
         self._lock: IO | None = None
+        self._in_writer = threading.Lock()  # held while a thread uses the connection that writes
         self._writer: sqlite3.Connection | None = None
-        self._files: list = []  # (device, inode) of the database and of its WAL when the writer opened them
+        self._files: list = []  # (device, inode) of the database, its WAL and its -shm when the writer opened them
         self._wal_is_large = False
-        self._replaced = 0  # how often they were not these
         # Connections that read, each with its file: one for each thread that is inside of SQLite, opened by its first
-        # use. A fork takes all of them first. Else the child would inherit locks that no thread of it releases.
+        # use.
         self._slots: LifoQueue[tuple[sqlite3.Connection | None, Any]] = LifoQueue()
         for _ in range(SLOTS):
             self._slots.put((None, None))
-        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
 
     def _before_fork(self) -> None:
+        self._one_fork.acquire()
         self._taken = [self._slots.get() for _ in range(SLOTS)]
+        self._in_writer.acquire()
 
     def _after_fork(self) -> None:
         for slot in self._taken:
             self._slots.put(slot)
+        self._in_writer.release()
+        self._one_fork.release()
 
-    def _in_child(self) -> None:  # _taken stays, so that Python does not close connections of the parent: that can hang
+    def _in_child(self) -> None:
+        # SQLite believes that the child has the locks of the parent, as long as one of these connections is open.
+        self._after_fork()
+        self._close_all()
         if self._lock:  # it would stay locked here when the parent dies
             self._lock.close()
+        self._start_anew()
+
+    def _close_all(self) -> None:
+        """Close every connection, when those in use have come back; BlockingIOError while a fork waits for them."""
+        if not self._one_fork.acquire(blocking=False):
+            raise BlockingIOError
+        readers = [self._slots.get()[0] for _ in range(SLOTS)]
+        for connection in filter(None, [self._writer, *readers]):
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+        self._writer = None
+        for _ in range(SLOTS):
+            self._slots.put((None, None))
+        self._one_fork.release()
 
     @contextlib.contextmanager
     def transaction(self, deadline: float) -> Iterator[sqlite3.Connection]:
@@ -1041,8 +1071,7 @@ class Database:
         that rolls back, and nothing is committed twice.
         """
         self._lock = self._lock or open(f"{self.path}-lock", "ab")  # noqa: SIM115
-        with locked(self._lock, deadline):
-            slot = self._slots.get()
+        with locked(self._lock, deadline), self._in_writer:
             try:
                 db = self._ready_writer(deadline)
                 poll(lambda: db.execute("BEGIN IMMEDIATE"), deadline, "another program")
@@ -1053,8 +1082,6 @@ class Database:
             except BaseException:
                 self._close_writer()
                 raise
-            finally:
-                self._slots.put(slot)
 
     def close(self) -> None:
         """Close the connections; the WAL goes into the database."""
@@ -1066,20 +1093,17 @@ class Database:
         ):
             if self._writer:
                 checkpoint(self._writer)
-            self._close_writer()
-            for db, _ in self._slots.queue:
-                if db:
-                    db.close()
+            self._close_all()
 
     def _ready_writer(self, deadline: float) -> sqlite3.Connection:
         """Return the connection that writes, opened again if it is lost or its files are not the ones on disk."""
         files, wal_bytes = self._files_on_disk()
         if self._writer and self._files != files:
-            log.error("%s or its WAL was removed or replaced; opening it again", self.path)
-            self._replaced += 1
-            if self._files[0] == files[0]:  # what is in a WAL that was removed can be saved when nobody reads it
+            log.error("%s, its WAL or its -shm was removed or replaced; opening it again", self.path)
+            if self._files[0] == files[0] and self._files[1] != files[1]:
+                # What is in a WAL that was removed can be saved when nobody reads it.
                 poll(lambda: checkpoint(self._writer, required=True), deadline, "a reader of the removed WAL")
-            self._close_writer()
+            poll(self._close_all, deadline, "a fork")  # readers as well, for they share the -shm
         if self._wal_is_large != (wal_bytes > LARGE_WAL_BYTES):
             self._wal_is_large = not self._wal_is_large
             now = "has grown: a reader stays open" if self._wal_is_large else "is small again"
@@ -1087,16 +1111,17 @@ class Database:
         return self._writer or self._open_writer()
 
     def _files_on_disk(self) -> tuple[list, int]:
-        """Return (device, inode) of the database and of its WAL, None if one is missing, and the bytes of the WAL."""
-        found, size = [], 0
+        """Return (device, inode) of the database, its WAL and its -shm, None if missing, and the bytes of the WAL."""
+        found, sizes = [], []
         for path in self._paths:
             try:
                 stat = os.stat(path)
                 found.append((stat.st_dev, stat.st_ino))
-                size = stat.st_size
+                sizes.append(stat.st_size)
             except FileNotFoundError:
                 found.append(None)
-        return found, size
+                sizes.append(0)
+        return found, sizes[1]
 
     def _open_writer(self) -> sqlite3.Connection:
         """Open the connection that writes, while no other process does."""
@@ -1121,9 +1146,9 @@ class Database:
         """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
         db, file = self._slots.get()
         try:
-            (now, _), _ = self._files_on_disk()
-            if file != (now, self._replaced):  # not opened yet, or removed, or replaced
-                db, file = connect(self.path, "ro", BUSY_TIMEOUT_S), (now, self._replaced)
+            (now, *_), _ = self._files_on_disk()
+            if file != now:  # not opened yet, or removed, or replaced
+                db, file = connect(self.path, "ro", BUSY_TIMEOUT_S), now
             db.set_progress_handler(give_up, SQLITE_STEPS)
             yield db
         except sqlite3.Error:
@@ -1398,12 +1423,13 @@ class Clients:
                 rows = db.execute("SELECT c.name, c.token, c.can, c.signs, c.secret FROM clients AS c").fetchall()
             for name, digest, can, signs, secret in rows:
                 client = Client(name, frozenset(can.lower().split()))
-                if signs:
-                    signers.setdefault(signs, []).append((SCHEMES[signs].secret(secret), client))
-                else:
+                if not signs:
                     by_digest[digest] = client
+                elif signs in SCHEMES:  # others come from a newer version
+                    with contextlib.suppress(ValueError):
+                        signers.setdefault(signs, []).append((SCHEMES[signs].secret(secret), client))
             self._by_digest, self._signers = by_digest, signers
-        except (sqlite3.Error, OSError, LookupError, ValueError) as error:
+        except (sqlite3.Error, OSError) as error:
             log.error("the clients cannot be read: %s", error)
             self._failure = error
         self._read_at = time.monotonic() - (CLIENTS_REFRESH_S - CLIENTS_RETRY_S) * bool(self._failure)
@@ -1990,11 +2016,15 @@ class Server:
         while sum(len(each.output) for each in unsent) > UNSENT_BYTES:
             unsent.pop().close()
 
-    def close_idle(self, _: float = 0) -> None:
-        """Close the connections on which nothing happens; waitress calls this every 30 s."""
+    def look_after(self, _: float) -> None:
+        """Close idle connections, and answer 503 where a message waits too long; waitress calls this every second."""
+        now = time.monotonic()
         for each in self.connections():
-            if not each.running and each.active_at < time.monotonic() - IDLE_S:
+            if not each.running and each.active_at < now - IDLE_S:
                 each.close()
+            elif each.running and (entry := each.request.entry) and entry.deadline < now:
+                self.store.withdraw(entry)
+                each.request.go_on(entry)
 
     def connections(self) -> list["Connection"]:
         return [each for each in list(self.sockets.values()) if isinstance(each, Connection)]
@@ -2107,10 +2137,12 @@ def listeners(server: Server) -> list[BaseWSGIServer]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - 64))
-    create_server(server.app, map=server.sockets, _dispatcher=server, connection_limit=limit, **where)
+    create_server(
+        server.app, map=server.sockets, _dispatcher=server, connection_limit=limit, cleanup_interval=1, **where
+    )
     found = [each for each in server.sockets.values() if isinstance(each, BaseWSGIServer)]
     for listener in found:
-        listener.maintenance = server.close_idle
+        listener.maintenance = server.look_after
         listener.handle_accept = lambda listener=listener: accept_all(listener)
     return found
 
@@ -2285,7 +2317,8 @@ class Request:
     client: Client | None = None  # whose request it is, if it has a body
     admitted_at = 0.0  # when that was found out
     arrived_at = 0.0  # when it had come in whole
-    is_put = False  # does its message wait in the queue of the store?
+    is_put = False  # was its message put into the queue of the store?
+    entry: Entry | None = None  # as long as it has no result
     answer: Answer
     more_headers: list[tuple[str, str]] | tuple = ()
 
@@ -2379,18 +2412,19 @@ class Request:
 
     def put(self, entry: Entry, url: str) -> None:
         """Put a message into the queue of the store. Its result is the answer."""
-        self.is_put, self.url, entry.then = True, url, self.go_on
+        self.is_put, self.entry, self.url, entry.then = True, entry, url, self.go_on
         self.connection.server.store.put(entry)
 
     def go_on(self, entry: Entry) -> None:
         """Take note that the entry has its result, or that nobody writes. The store calls this in any thread."""
-        if entry.result:
+        if entry.result and self.entry:
+            self.entry = None  # else the two would refer to each other
             self.answer = answer_to(entry, self.url)
             detail = entry.result.detail if isinstance(entry.result, Problem) else ""
             statistics = self.connection.server.store.statistics
             statistics.answered(entry.stream.name, int(self.answer[0][:3]), entry.client, detail)
             self.connection.server.finish(self)
-        else:
+        elif not entry.result:
             self.connection.server.wake()
 
 
