@@ -78,7 +78,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import formatdate
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
@@ -894,6 +894,8 @@ class Store:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname != "SQLITE_INTERRUPT":
                 raise
+            if time.monotonic() - began < READ_TIMEOUT_S:
+                raise Problem(503, "The client has closed its side of the connection.") from None
             detail = f"This read took more than {READ_TIMEOUT_S:.0f} s."
             for column in filters:
                 plan = f'EXPLAIN QUERY PLAN SELECT 1 FROM "{stream.name}" AS t WHERE {condition(stream, column, "?1")}'
@@ -1750,7 +1752,7 @@ class ViewResource:
     def on_get_message(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
         req.context.client.require("read", self.stream)
         row = self._store.message(self.stream, message_id)
-        if row is None:
+        if row is None or not req.path.endswith(f"/{message_id}"):  # Falcon takes 0_1 for a number
             raise Problem(404, "There is no message with this id.", stream=self.stream.name)
         resp.data = envelope(row)
 
@@ -1967,7 +1969,9 @@ class Server:
         self.sockets: dict[int, Any] = {}
         self.stopping = False
         self._posts: deque[Request] = deque()  # that have come in whole
+        self._slow_posts: deque[Request] = deque()  # those that may take long to check
         self._reads: SimpleQueue[Request] = SimpleQueue()
+        self._probes: SimpleQueue[Request] = SimpleQueue()  # of /healthz, which must not wait for reads
         self._answered: deque[Request] = deque()
         self._called = False  # has the loop been woken since it last looked?
         self._loop = 0  # the thread that is the loop
@@ -1981,8 +1985,10 @@ class Server:
 
     def run(self) -> None:
         """Serve until one of STOP_SIGNALS comes, which all threads have to block; let the requests in flight finish."""
-        for work in [self._take_turns] * 2 + [self._read] * self.settings.threads:
+        for work in [self._take_turns] * 2 + [partial(self._read, self._probes)]:
             threading.Thread(target=work, daemon=True).start()
+        for _ in range(self.settings.threads):
+            threading.Thread(target=self._read, args=(self._reads,), daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         self.stopping = True
         self.wake()
@@ -1990,10 +1996,12 @@ class Server:
 
     def add(self, request: "Request") -> None:
         """Take a request that has come in whole."""
-        if request.method == "POST":
-            self._posts.append(request)
+        if request.method != "POST":
+            (self._probes if request.path.endswith("/healthz") else self._reads).put(request)
+        elif request.held > SMALL_BYTES or "HTTP_CONTENT_ENCODING" in request.headers:
+            self._slow_posts.append(request)
         else:
-            self._reads.put(request)
+            self._posts.append(request)
 
     def finish(self, request: "Request") -> None:
         """Take a request that has its answer. Any thread may call this."""
@@ -2001,14 +2009,17 @@ class Server:
         if threading.get_ident() != self._loop and not self._called:
             self.wake()
 
-    def require_room(self, size: int, held: int) -> None:
-        """Raise Problem if a body of this size in bytes is too large, or if too much of bodies is held already."""
+    def require_room(self, held: int) -> None:
+        """Raise Problem if a request holds many bytes of its body, and all together hold too many."""
+        if held > SMALL_BYTES:
+            together = sum(each.request.held for each in self.connections() if each.request)
+            if together > max(BODIES_BYTES, 4 * self.settings.max_body):
+                raise Problem(503, "Too many large bodies are on their way.")
+
+    def require_size(self, size: int) -> None:
+        """Raise Problem if a body of this size in bytes is too large."""
         if size > self.settings.max_body:
             raise too_large(self.settings.max_body)
-        if held > SMALL_BYTES:
-            bodies = [each.request.body for each in self.connections() if each.request and each.request.body]
-            if sum(body.held for body in bodies) > max(BODIES_BYTES, 4 * self.settings.max_body):
-                raise Problem(503, "Too many large bodies are on their way.")
 
     def make_room(self) -> None:
         """Close connections whose clients do not read, as long as too much of answers is held."""
@@ -2022,9 +2033,8 @@ class Server:
         for each in self.connections():
             if not each.running and each.active_at < now - IDLE_S:
                 each.close()
-            elif each.running and (entry := each.request.entry) and entry.deadline < now:
-                self.store.withdraw(entry)
-                each.request.go_on(entry)
+            elif each.running and each.request.method == "POST" and each.request.arrived_at + BUSY_TIMEOUT_S < now:
+                each.request.give_up()
 
     def connections(self) -> list["Connection"]:
         return [each for each in list(self.sockets.values()) if isinstance(each, Connection)]
@@ -2039,12 +2049,14 @@ class Server:
     def _turn(self) -> None:
         self._called = False
         self._send_answers()
-        poll2(0.0 if self._posts else 0.1 if self.stopping else 1.0, self.sockets)
+        poll2(0.0 if self._posts or self._slow_posts else 0.1 if self.stopping else 1.0, self.sockets)
         if self.stopping:
             self._drain()
         until = time.monotonic() + GATHER_S
         while self._posts and time.monotonic() < until:
             self._posts.popleft().run()
+        if self._slow_posts:
+            self._slow_posts.popleft().run()
         self._send_answers()
         self.store.statistics.tell()
         if self.store.queue:
@@ -2086,9 +2098,9 @@ class Server:
         elif not any(each.is_busy() for each in self.connections()) or time.monotonic() > self._drained_at:
             self._ended.set()
 
-    def _read(self) -> None:
+    def _read(self, requests: SimpleQueue) -> None:
         while True:
-            run_safely(self._reads.get().run)
+            run_safely(requests.get().run)
 
     def wake(self) -> None:
         """Let the loop begin a turn. Any thread may call this."""
@@ -2136,7 +2148,8 @@ def listeners(server: Server) -> list[BaseWSGIServer]:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - 64))
+    spare = 64 + 3 * server.settings.threads  # for the database, which each thread that reads opens
+    limit = CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(CONNECTIONS, files - spare))
     create_server(
         server.app, map=server.sockets, _dispatcher=server, connection_limit=limit, cleanup_interval=1, **where
     )
@@ -2176,12 +2189,13 @@ class Connection(dispatcher):
         self.output = bytearray()  # what the client has not taken yet
         self._input = b""  # what has not been understood yet
         self._lingers = False  # after the last answer
+        self._ended = False  # will the client send no more?
         self._discarded = 0  # bytes
         super().__init__(sock, server.sockets)
         self.connected = True
 
     def readable(self) -> bool:
-        return self._lingers or not (self.running or self.output)
+        return not self._ended and (self._lingers or not (self.running or self.output))
 
     def writable(self) -> bool:
         return bool(self.output)
@@ -2192,17 +2206,18 @@ class Connection(dispatcher):
 
     def handle_read(self) -> None:
         try:
-            data = self.recv(RECEIVE_BYTES)  # which closes if the client has
+            data = self.socket.recv(RECEIVE_BYTES)
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 self.close()
             return
         self.active_at = time.monotonic()
-        if self._lingers:
-            self._discarded += len(data)
-            if self._discarded > DISCARDED_BYTES:
-                self.close()
-        elif data:
+        self._discarded += len(data) * self._lingers
+        if (not data and not self.output) or self._discarded > DISCARDED_BYTES:
+            self.close()
+        elif not data:  # the client has closed for sending, and waits for the rest of its answer
+            self._ended = True
+        elif not self._lingers:
             self._input += data
             self._understand()
 
@@ -2214,7 +2229,9 @@ class Connection(dispatcher):
             request, body = self.request, self.request.body
             if body:
                 self._input = body.take(self._input)
-                self.server.require_room(body.held, body.held)
+                request.held = body.held
+                self.server.require_size(request.held)
+                self.server.require_room(request.held)
                 if not body.complete:
                     return
                 request.headers["CONTENT_LENGTH"] = str(body.held)
@@ -2223,7 +2240,7 @@ class Connection(dispatcher):
             self.server.add(request)
         except Problem as problem:
             self.request = self.request or Request(self)
-            self.request.keeps_alive, self.request.body = False, None
+            self.request.keeps_alive, self.request.body, self.request.held = False, None, 0
             self.request.answer = problem.answer()
             self.server.store.statistics.answered("", problem.status, detail=problem.detail)
             self.answer(self.request)
@@ -2238,10 +2255,12 @@ class Connection(dispatcher):
             return False
         self._input, self.request = rest, Request(self)
         self.request.read_head(head + b"\r\n")
+        if self.request.method != "POST":
+            self.request.ignore_body()
         if self.request.body:
             self.request.client = self.server.authenticate(self.request.headers, self.request.method)
             self.request.admitted_at = time.monotonic()
-            self.server.require_room(self.request.length, 0)
+            self.server.require_size(self.request.length)
             if self.request.expects_continue:
                 self.output += b"HTTP/1.1 100 Continue\r\n\r\n"
                 self.handle_write()
@@ -2266,6 +2285,8 @@ class Connection(dispatcher):
         if self._lingers or request.version == "1.0":
             lines.append("Connection: close" if self._lingers else "Connection: keep-alive")
         self.request, self.running = None, False
+        if request.method == "HEAD":
+            content = b""
         if len(content) > SMALL_BYTES:
             self.server.make_room()
         self.output += "\r\n".join([*lines, "", ""]).encode("latin-1")
@@ -2282,7 +2303,9 @@ class Connection(dispatcher):
         del self.output[:sent]
         if sent:
             self.active_at = time.monotonic()
-        if self.connected and not self.output:
+        if self._ended and not self.output:
+            self.close()
+        elif self.connected and not self.output:
             if self._lingers:
                 with contextlib.suppress(OSError):
                     self.socket.shutdown(socket.SHUT_WR)
@@ -2292,6 +2315,7 @@ class Connection(dispatcher):
     def close(self) -> None:
         super().close()
         self.output.clear()
+        self.request = None  # else the two would refer to each other
 
     handle_close = close
     handle_expt = close  # urgent data has no place in HTTP, and poll() would report it for ever
@@ -2313,13 +2337,14 @@ class Request:
     keeps_alive = True
     expects_continue = False
     length = 0  # bytes that the body will have, if the head says so
+    held = 0  # bytes of it that are in memory, unpacked or not
     body: "Body | None" = None
     client: Client | None = None  # whose request it is, if it has a body
     admitted_at = 0.0  # when that was found out
     arrived_at = 0.0  # when it had come in whole
     is_put = False  # was its message put into the queue of the store?
     entry: Entry | None = None  # as long as it has no result
-    answer: Answer
+    answer: Answer = "503 Service Unavailable", [], b""
     more_headers: list[tuple[str, str]] | tuple = ()
 
     def __init__(self, connection: Connection):
@@ -2359,9 +2384,16 @@ class Request:
             self.body = Body(self.length) if self.length else None
         self.expects_continue = self.version == "1.1" and headers.get("HTTP_EXPECT", "").lower() == "100-continue"
 
+    def ignore_body(self) -> None:
+        """Leave a body unread, and the connection with it."""
+        self.keeps_alive, self.body = self.keeps_alive and not self.body, None
+
     def run(self) -> None:
         """Run the app. The answer goes to the loop: at once, or when the message of this request has been stored."""
-        answer = []
+        answer, waited_s = [], time.monotonic() - self.arrived_at
+        if waited_s > 1 and self.connection.is_abandoned():  # nobody waits for the answer
+            self.connection.server.finish(self)
+            return
 
         def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
             answer[:] = status, headers
@@ -2412,8 +2444,17 @@ class Request:
 
     def put(self, entry: Entry, url: str) -> None:
         """Put a message into the queue of the store. Its result is the answer."""
+        self.body, self.held = None, sum(map(sys.getsizeof, entry.bodies))
+        self.connection.server.require_room(self.held)
         self.is_put, self.entry, self.url, entry.then = True, entry, url, self.go_on
         self.connection.server.store.put(entry)
+
+    def give_up(self) -> None:
+        """Answer that the outcome is unknown. Only the loop calls this."""
+        if self.entry:
+            self.connection.server.store.withdraw(self.entry)
+        self.answer = storage_problem(TimeoutError()).answer()
+        self.connection.answer(self)
 
     def go_on(self, entry: Entry) -> None:
         """Take note that the entry has its result, or that nobody writes. The store calls this in any thread."""
