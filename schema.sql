@@ -12,8 +12,11 @@
 --     converts to its type and does not refuse: CHECK (json_type(body, '$.n') = 'integer').
 --   * Triggers are the business logic. They run in the transaction of the message,
 --     and refuse it with  SELECT RAISE(ABORT, 'a sentence for the client').
---   * Lookup tables, views and indexes may stand here too; they have no route.
---     Fill a lookup table with INSERT OR IGNORE.
+--   * One more column, headers TEXT, holds the headers of the request:
+--                                      event TEXT AS (headers ->> 'x-github-event')
+--   * GET /NAME reads a view, unless its name begins with _.
+--   * Lookup tables and indexes may stand here too; they have no route. Fill a
+--     lookup table with INSERT OR IGNORE.
 --
 -- A new database is made from this file. After a change to it, run
 -- `python service.py migrate`: messages are copied, and all else is computed

@@ -210,7 +210,10 @@ class Settings:
         "--max-body", 1_048_576, r"[1-9]\d{0,8}", "the bytes of the largest body, compressed or not"
     )
     cors: str = setting(
-        "--cors", "", r"https?://[^\s,/]+(,https?://[^\s,/]+)*", "origins whose pages may use it, https://a.example,…"
+        "--cors",
+        "",
+        r"https?://[^\s,/]+(,https?://[^\s,/]+)*",
+        "origins whose pages may use it, with commas: https://a.example,https://b.example",
     )
     prefix: str = setting("--prefix", "", r"(/[\w.~-]+)+", "the path that a proxy has it under, such as /ingest")
 
@@ -307,6 +310,11 @@ def normal(sql: str) -> list[str]:
     return [token if token[0] in "'\"`[" else fold(token) for token in SQL_TOKEN.findall(sql) if token]
 
 
+def plain(sql: str) -> str:
+    """Return a piece of SQL with one space between its tokens."""
+    return " ".join(normal(sql))
+
+
 def columns_of(db: sqlite3.Connection, table: str) -> dict[str, sqlite3.Row]:
     """Return the rows of https://www.sqlite.org/pragma.html#pragma_table_xinfo by the folded names of the columns.
 
@@ -375,9 +383,9 @@ class Stream:
         if not self.has_ids:
             return "t.*"
         texts = [f"CAST(ifnull(t.{name}, '') AS TEXT)" for name in ("received_at", "client")]
-        jsons = [f"iif(json_valid(t.{name}), t.{name}, json_quote(t.{name}))" for name in ("body", "headers")]
-        more = f", {jsons[1]}" * self.has_headers
-        return f"CAST(t.id AS INTEGER), {', '.join(texts)}, CAST(t.key AS TEXT), CAST({jsons[0]} AS BLOB){more}"
+        casts = [f"CAST(t.{name} AS TEXT)" for name in ("body", "headers")]
+        jsons = [f"iif(json_valid({cast}), {cast}, json_quote({cast}))" for cast in casts][: 1 + self.has_headers]
+        return f"CAST(t.id AS INTEGER), {', '.join(texts)}, CAST(t.key AS TEXT), {', '.join(jsons)}"
 
     @property
     def explain(self) -> tuple[str, tuple]:
@@ -488,7 +496,7 @@ def stream_from(db: sqlite3.Connection, table: SchemaObject, strict: int) -> Str
         raise SetupError(f"table {name}: its column headers must be headers TEXT")
     if not strict:
         raise SetupError(f"{almost}: it must end with STRICT, as in CREATE TABLE {name} (…) STRICT")
-    require_route(table, columns)
+    require_route(table, columns, ["after", "limit"])
     for folded, column in columns.items():
         unfilled = column["notnull"] and column["dflt_value"] is None and not column["hidden"]
         if unfilled and folded not in MESSAGE_COLUMNS:
@@ -517,20 +525,20 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
     if view.name.startswith("_"):
         return None
     columns = columns_of(db, view.name)
-    require_route(view, columns)
     has_ids, has_headers = columns.keys() >= MESSAGE_COLUMNS.keys(), "headers" in columns
+    require_route(view, columns, ["after", "limit"] if has_ids else ["limit"])
     shown = {*MESSAGE_COLUMNS, "headers"} if has_ids else ()
     fields = fields_of(column for name, column in columns.items() if name not in shown)
     return Stream(view.name, fields, takes=False, has_ids=has_ids, has_headers=has_ids and has_headers)
 
 
-def require_route(made: SchemaObject, columns: Iterable[str]) -> None:
+def require_route(made: SchemaObject, columns: Iterable[str], parameters: list[str]) -> None:
     """Raise SetupError if a table or view has a name or a column that cannot stand in a URL of its own."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", made.name) or fold(made.name) in RESERVED_NAMES:
         hint = "use letters, digits, _ and -, and no name of the service's"
         raise SetupError(f"{made.kind} {made.name!r} cannot be a route: {hint}")
-    for folded in {"after", "limit"}.intersection(columns):
-        raise SetupError(f"{made}: the feed has a parameter {folded}; name the column otherwise")
+    for folded in set(parameters).intersection(columns):
+        raise SetupError(f"{made}: GET has a parameter {folded}; name the column otherwise")
 
 
 def fields_of(columns: Iterable[sqlite3.Row]) -> dict[str, bool]:
@@ -618,6 +626,7 @@ class Stored(NamedTuple):
     first_id: int
     last_id: int
     received_at: str
+    count: int = 1
     replayed: bool = False
 
 
@@ -655,7 +664,7 @@ class Store:
         self.schema = schema
         self.database = Database(path)
         self.queue: list[Entry] = []  # entries that nobody writes yet
-        self.statistics = Statistics()
+        self.statistics = Statistics(schema.streams)
         self._clock = clock
         self._mutex = threading.Lock()  # for the queue, for what follows, and for the results of entries
         self._writing = False  # is there a thread that writes, or was told to?
@@ -792,14 +801,14 @@ class Store:
                     elif entry.wake and entry.wake.locked():
                         entry.wake.release()
             if results:
-                stored = sum(len(entry.bodies) for entry in group if isinstance(entry.result, Stored))
-                self.statistics.committed(time.monotonic() - began, stored)
+                new = [each for each in results if isinstance(each, Stored) and not each.replayed]
+                self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
         """Insert the rows of an entry. What refuses them undoes this entry only; raises what undoes more than that."""
         if not entry.bodies:
             touch(db)
-            return Stored(0, 0, received_at)
+            return Stored(0, 0, received_at, 0)
         try:
             if entry.batch:
                 db.execute("SAVEPOINT batch")
@@ -809,7 +818,7 @@ class Store:
                 db.executemany(entry.stream.insert, rows_after_the_first(entry, received_at))
                 (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
                 db.execute("RELEASE batch")
-            return Stored(first, last, received_at)
+            return Stored(first, last, received_at, len(entry.bodies))
         except (sqlite3.Error, MemoryError) as error:
             # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
             # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
@@ -833,7 +842,7 @@ class Store:
         sent = {key_of_line(entry.key, line): body for line, body in enumerate(entry.bodies, 1)}
         stored = {key: body for _, _, key, body in rows}
         if stored == sent or (stored and entry.signed):
-            return Stored(rows[0][0], rows[-1][0], rows[0][1], replayed=True)
+            return Stored(rows[0][0], rows[-1][0], rows[0][1], len(rows), replayed=True)
         or_deleted = ", or some of its messages have been deleted since" if stored.items() <= sent.items() else ""
         return Problem(422, f"This Idempotency-Key was used before, with another body{or_deleted}.") if stored else None
 
@@ -886,16 +895,24 @@ class Store:
 
         def give_up() -> bool:
             taken_s = time.monotonic() - began
-            return taken_s > READ_TIMEOUT_S or (taken_s > 1 and abandoned())
+            return taken_s > READ_TIMEOUT_S or (taken_s > 1 and abandoned()) or (taken_s > 0.3 and self.database.forks)
 
         try:
             with self.database.reader(give_up) as db:
+                # SQL can make text out of "\\ud800" that is not UTF-8.
+                db.text_factory = str if stream.takes else partial(str, encoding="utf-8", errors="replace")
                 yield from db.execute(sql, values)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorname != "SQLITE_INTERRUPT":
+        except sqlite3.Error as error:
+            name = getattr(error, "sqlite_errorname", "")
+            if name == "SQLITE_ERROR" and not stream.takes:
+                log.error("the view %s cannot be read: %s", stream.name, error)
+                raise Problem(503, "The SQL of this view fails on what is stored; the log says why.") from None
+            if name != "SQLITE_INTERRUPT":
                 raise
             if time.monotonic() - began < READ_TIMEOUT_S:
-                raise Problem(503, "The client has closed its side of the connection.") from None
+                raise Problem(
+                    503, "The read was ended: its client has closed the connection, or the process forks."
+                ) from None
             detail = f"This read took more than {READ_TIMEOUT_S:.0f} s."
             for column in filters:
                 plan = f'EXPLAIN QUERY PLAN SELECT 1 FROM "{stream.name}" AS t WHERE {condition(stream, column, "?1")}'
@@ -908,12 +925,9 @@ class Store:
         """Return the last id of a stream, used or deleted, or that of a view; None if it cannot be found in time."""
         sql, values = "SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = ?", (stream.name,)
         if not stream.takes:
-            sql, values = f'SELECT t.id FROM "{stream.name}" AS t ORDER BY t.id DESC LIMIT 1', ()
-        until = time.monotonic() + 1.0
-        with (
-            contextlib.suppress(sqlite3.OperationalError),
-            self.database.reader(lambda: time.monotonic() > until) as db,
-        ):
+            sql, values = f'SELECT CAST(t.id AS INTEGER) FROM "{stream.name}" AS t ORDER BY t.id DESC LIMIT 1', ()
+        until = time.monotonic() + 0.2
+        with contextlib.suppress(sqlite3.DatabaseError), self.database.reader(lambda: time.monotonic() > until) as db:
             return (db.execute(sql, values).fetchone() or (0,))[0]
 
     def message(self, stream: Stream, message_id: int) -> tuple | None:
@@ -974,6 +988,11 @@ def poll(attempt: Callable[[], Any], deadline: float, holder: str) -> None:
         pause_s = min(1.2 * pause_s, 0.002)
 
 
+def lock_file(database: Path) -> IO:
+    """Open the file beside a database that is there to be locked, by its owner only: who can read it can lock it."""
+    return open(f"{database}-lock", "ab", opener=partial(os.open, mode=0o600))
+
+
 @contextlib.contextmanager
 def locked(file: IO, deadline: float) -> Iterator[None]:
     """Hold the turn to write, among processes, for a block; TimeoutError if it is not to be had by the deadline.
@@ -1002,11 +1021,7 @@ def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
         # SQLite's locks from this process (https://www.sqlite.org/howtocorrupt.html, 2.2).
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode=0o600))
-    with (
-        open(f"{path}-lock", "ab") as file,
-        locked(file, deadline),
-        contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db,
-    ):
+    with lock_file(path) as file, locked(file, deadline), contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db:
         yield db
 
 
@@ -1018,7 +1033,7 @@ class Database:
         self._paths = [f"{self.path}{suffix}" for suffix in ("", "-wal", "-shm")]
         self._start_anew()
         # A fork waits until no thread is inside of SQLite. Else the child would inherit locks that nobody releases.
-        self._one_fork = threading.Lock()
+        self._one_fork, self.forks = threading.Lock(), False
         os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
 
     def _start_anew(self) -> None:
@@ -1035,10 +1050,12 @@ class Database:
 
     def _before_fork(self) -> None:
         self._one_fork.acquire()
+        self.forks = True  # so that slow reads end
         self._taken = [self._slots.get() for _ in range(SLOTS)]
         self._in_writer.acquire()
 
     def _after_fork(self) -> None:
+        self.forks = False
         for slot in self._taken:
             self._slots.put(slot)
         self._in_writer.release()
@@ -1072,7 +1089,7 @@ class Database:
         A COMMIT that fails has an unknown outcome. Then, and after every other error, the connection is thrown away:
         that rolls back, and nothing is committed twice.
         """
-        self._lock = self._lock or open(f"{self.path}-lock", "ab")  # noqa: SIM115
+        self._lock = self._lock or lock_file(self.path)
         with locked(self._lock, deadline), self._in_writer:
             try:
                 db = self._ready_writer(deadline)
@@ -1088,11 +1105,7 @@ class Database:
     def close(self) -> None:
         """Close the connections; the WAL goes into the database."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
-        with (
-            contextlib.suppress(OSError, sqlite3.Error),
-            open(f"{self.path}-lock", "ab") as file,
-            locked(file, deadline),
-        ):
+        with contextlib.suppress(OSError, sqlite3.Error), lock_file(self.path) as file, locked(file, deadline):
             if self._writer:
                 checkpoint(self._writer)
             self._close_all()
@@ -1194,8 +1207,10 @@ GROUP_SIZES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, "+Inf")
 class Statistics:
     """Counts of this process. To count takes no lock: each thread has counts of its own, and one at a time commits."""
 
-    def __init__(self) -> None:
-        self._counts: dict[int, dict[tuple[str, int], int]] = {}  # by thread; then by stream and status
+    def __init__(self, streams: Iterable[str]):
+        # By thread; then by stream and status. Those that there are alerts for begin with 0.
+        zeros = {(stream, status): 0 for stream in streams for status in (201, 503, 507)}
+        self._counts: dict[int, dict[tuple[str, int], int]] = {0: zeros}
         self._commit_s, self._group_sizes = dict.fromkeys(COMMIT_S, 0), dict.fromkeys(GROUP_SIZES, 0)
         self._sums = [0.0, 0]  # of both
         self._slowest_s = 0.0  # COMMIT of this minute
@@ -1203,13 +1218,13 @@ class Statistics:
         self._last_minute = dict.fromkeys((2, 4, 5), 0)  # counts until then, by the first digit of the status
         self._second_ends, self._logged, self._unlogged = 0.0, 0, 0
 
-    def answered(self, stream: str, status: int, client: str = "", detail: str = "") -> None:
+    def answered(self, stream: str, status: int, client: str = "", detail: str = "", path: str = "") -> None:
         """Count an answer; if it is a refusal, let the log say so."""
         counts = self._counts.setdefault(threading.get_ident(), {})
         counts[stream, status] = counts.get((stream, status), 0) + 1
-        if status >= 400:
-            self._log(f"{status} to {client!r} at /{stream}: {detail!r}")
         self.tell()
+        if status >= 400:
+            self._log(f"{status} to {client!r} at {path or '/' + stream!r}: {detail!r}")
 
     def committed(self, seconds: float, messages: int) -> None:
         """Count a COMMIT with what was stored by it."""
@@ -1221,6 +1236,9 @@ class Statistics:
     def tell(self) -> None:
         """Log what came in the last minute, if it is over and something came."""
         now = time.monotonic()
+        if self._unlogged and now > self._second_ends:
+            more, self._unlogged = self._unlogged, 0
+            log.info("and %d more refusals", more)
         if now < self._minute_ends:
             return
         self._minute_ends, before, self._last_minute = now + 60, self._last_minute, dict.fromkeys((2, 4, 5), 0)
@@ -1253,9 +1271,7 @@ class Statistics:
     def _log(self, refusal: str) -> None:
         now = time.monotonic()
         if now > self._second_ends:
-            if self._unlogged:
-                log.info("and %d more refusals", self._unlogged)
-            self._second_ends, self._logged, self._unlogged = now + 1, 0, 0
+            self._second_ends, self._logged = now + 1, 0
         if self._logged < LOGGED_REFUSALS:
             self._logged += 1
             log.info("%s", refusal)
@@ -1265,7 +1281,7 @@ class Statistics:
 
 # ==================== Clients: who may come in ======================================================
 
-CLIENTS_REFRESH_S = 1.0  # how soon every process knows of a new or a revoked token
+CLIENTS_REFRESH_S = 0.8  # how soon every process knows of a new or a revoked token
 CLIENTS_RETRY_S = 0.05  # after they could not be read, or after a token was not among them
 CLIENTS_TABLE = """CREATE TABLE clients (
     name    TEXT NOT NULL,
@@ -1342,6 +1358,7 @@ class Clients:
 
     def __init__(self, store: Store, cors: str = ""):
         self._database = store.database
+        self._streams = {stream.name for stream in store.schema.streams.values() if stream.takes}
         self._statistics = store.statistics
         self._cors = cors
         self._by_digest: dict[str, Client] = {}
@@ -1350,13 +1367,13 @@ class Clients:
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        preflight = self._cors and req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
+        origin_is_known = req.env.get("HTTP_ORIGIN", "-") in self._cors.split(",")
+        preflight = origin_is_known and req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
         if req.path == "/healthz" or preflight:
             return
-        if not req.auth and "mod_wsgi.version" in req.env:
-            hint = "Send a token. If you did: Apache has kept it to itself, and needs WSGIPassAuthorization On."
-            raise Problem(401, hint, CHALLENGE)
         req.context.client = req.env.get("inlet.client") or self.authenticate(req.env, req.method)
+        if req.context.client is None and req.path[1:] not in self._streams:  # or a stranger would learn what there is
+            raise Problem(401, "Send a token: Authorization: Bearer TOKEN.", CHALLENGE)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
         """Count the answer, unless it is given later."""
@@ -1364,7 +1381,9 @@ class Clients:
         if "is_put" not in context:
             stream = resource.stream.name if isinstance(resource, ViewResource) else ""
             client = context.client.name if context.get("client") else ""
-            self._statistics.answered(stream, resp.status_code, client, context.get("detail", ""))
+            self._statistics.answered(stream, resp.status_code, client, context.get("detail", ""), req.path)
+            if self._cors:
+                resp.append_header("Vary", "Origin")
 
     def authenticate(self, headers: dict[str, Any], method: str) -> Client | None:
         """Return the client whose token is in the headers (with their names in WSGI): Bearer (RFC 6750), or Basic
@@ -1380,7 +1399,10 @@ class Clients:
         if not authorization:
             if method == "POST" and scheme_of(headers) in self._signers:
                 return None
-            raise Problem(401, "Send a token: Authorization: Bearer TOKEN.", CHALLENGE)
+            hint = "Send a token: Authorization: Bearer TOKEN."
+            if "mod_wsgi.version" in headers:
+                hint += " If you did: Apache has kept it to itself, and needs WSGIPassAuthorization On."
+            raise Problem(401, hint, CHALLENGE)
         scheme, _, credentials = authorization.partition(" ")
         scheme, credentials = scheme.lower(), credentials.strip(" ")
         if scheme not in ("bearer", "basic"):
@@ -1395,26 +1417,29 @@ class Clients:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
         return client
 
-    def signer(self, headers: dict[str, Any], body: bytes) -> tuple[Client, str | None]:
-        """Return the client that has signed a body as it was sent, and its name for the delivery; Problem 401.
+    def signer(self, headers: dict[str, Any], body: bytes) -> tuple[Client, Scheme]:
+        """Return the client that has signed a body as it was sent, and how; Problem 401 if there is none.
 
-        The time is checked where the scheme signs one. That name is None if the body has it.
+        The time is checked where the scheme signs one.
         """
         name = scheme_of(headers)
         scheme = SCHEMES[name]
         given = [text.encode("latin-1") for text in re.findall(scheme.signature, headers[scheme.header])]
-        delivery, signed_at = headers.get(scheme.key), ""
+        delivery, signed_at = headers.get(scheme.key, ""), ""
         if scheme.time:
             header, pattern = scheme.time
             found = re.search(pattern, headers.get(header, ""), re.ASCII)
             signed_at = found[1] if found else "0"
             if abs(time.time() - int(signed_at)) > SIGNED_WITHIN_S:
-                raise Problem(401, f"The signature has no time, or is {SIGNED_WITHIN_S} s old.", CHALLENGE)
+                detail = f"The signature has no time, or one that is not within {SIGNED_WITHIN_S} s of now."
+                raise Problem(401, detail, CHALLENGE)
         signed = scheme.signed.format(id=delivery, time=signed_at).encode("latin-1") + body
-        for secret, client in self._signers.get(name, ()):
+        for secret, client in (
+            self._signers.get(name, ()) if given and (delivery or "{id}" not in scheme.signed) else ()
+        ):
             expected = scheme.encode(hmac.digest(secret, signed, "sha256"))
             if any(hmac.compare_digest(expected, signature) for signature in given[:MOST_SIGNATURES]):
-                return client, delivery
+                return client, scheme
         raise Problem(401, f"The signature ({name}) is not valid here.", CHALLENGE)
 
     def read(self) -> Exception | None:
@@ -1447,6 +1472,16 @@ def make_clients(db: sqlite3.Connection) -> None:
     """Make the clients table, or bring an older one up to date."""
     old = columns_of(db, "clients")
     if old and "signs" not in old:
+        others = schema_objects(db).values()
+        users = [
+            str(o)
+            for o in others
+            if re.search(r"references \W?clients\b|^create trigger .* on clients\b", plain(o.sql))
+        ]
+        if users := users + sorted(old.keys() - {"name", "token", "can"}):
+            raise SetupError(
+                f"the table clients belongs to the service, but {users[0]} uses it: move that elsewhere first"
+            )
         db.execute('CREATE TEMP TABLE "old clients" AS SELECT c.name, c.token, c.can FROM main.clients AS c')
         db.execute("DROP TABLE clients")
     if "signs" not in old:
@@ -1474,12 +1509,13 @@ def password_in(credentials: str) -> str:
 MAX_DEPTH = 512  # of arrays and objects: under the limit of every SQLite (1000 from 3.42 on) and of Python
 LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can write
 READ_OF_TOO_LARGE = 16 * 1024 * 1024  # bytes
+KEY = r"[!-~]{1,255}"
 LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the square of their number
 NDJSON_TYPES = ("application/x-ndjson", "application/jsonl")
 ACCEPTED_TYPES = ["application/json", "application/*+json", *NDJSON_TYPES]
 HEADERS = ("HTTP_", "CONTENT_TYPE", "CONTENT_LENGTH")  # what they begin with in WSGI
-SECRET_HEADERS = {"HTTP_AUTHORIZATION", "HTTP_PROXY_AUTHORIZATION", "HTTP_COOKIE"}  # never kept
-SECRET_HEADERS |= {scheme.header for scheme in SCHEMES.values()}
+SECRET_HEADER = re.compile("AUTHORI|COOKIE|SIGNATURE|HMAC|TOKEN|SECRET|API_KEY|PASSWORD")  # is never kept
+MOST_HEADERS = 16 * 1024 * 1024  # bytes in all rows of a batch
 DEFAULT_PAGE = 100  # messages
 LARGEST_PAGE = 1000
 
@@ -1622,22 +1658,35 @@ def idempotency_key(header: str | None) -> str | None:
     """Return the Idempotency-Key of a request, bare or a quoted string (RFC 8941, 3.3.3); Problem 400 if malformed."""
     if header and len(header) > 1 and header[0] == header[-1] == '"':
         header = re.sub(r'\\(["\\])', r"\1", header[1:-1])
-    if header is not None and not re.fullmatch(r"[!-~]{1,255}", header):
+    if header is not None and not re.fullmatch(KEY, header):
         raise Problem(400, "Idempotency-Key takes 1 to 255 visible ASCII characters, without spaces.")
     return header
 
 
-def id_in(text: str) -> str | None:
-    """Return the member id of a JSON text, if it has one that is a string."""
+def id_in(text: str) -> str:
+    """Return the member id of a JSON text, if it has one that is a string; else an empty string."""
     value = json.loads(text, parse_int=float)
-    return value["id"] if isinstance(value, dict) and isinstance(value.get("id"), str) else None
+    return value["id"] if isinstance(value, dict) and isinstance(value.get("id"), str) else ""
 
 
-def kept_headers(environ: dict[str, Any]) -> str:
-    """Return the headers of a request as one JSON object, sorted by their names in lower case, without secrets."""
-    kept = [name for name in environ if name.startswith(HEADERS) and name not in SECRET_HEADERS and environ[name]]
+def delivery_key(delivery: str) -> str | None:
+    """Return the key for what a signed sender calls its delivery: its digest, if that is no key; None for nothing."""
+    return delivery if re.fullmatch(KEY, delivery) else digest_of(delivery) if delivery else None
+
+
+def kept_headers(environ: dict[str, Any], rows: int) -> str:
+    """Return the headers of a request as one JSON object, sorted by their names in lower case, without secrets.
+
+    Problem 413 if they are too much, for each row of a batch has them.
+    """
+    kept = [name for name in environ if name.startswith(HEADERS) and not SECRET_HEADER.search(name) and environ[name]]
     headers = {name.removeprefix("HTTP_").replace("_", "-").lower(): environ[name] for name in kept}
-    return json.dumps(headers, sort_keys=True)
+    text = json.dumps(headers, sort_keys=True)
+    if rows * len(text) > MOST_HEADERS:
+        raise Problem(
+            413, f"The headers, once for each message, have more than {MOST_HEADERS} bytes.", limit=MOST_HEADERS
+        )
+    return text
 
 
 def page_from(params: dict[str, str | list[str]], stream: Stream) -> tuple[int, int, dict[str, str]]:
@@ -1680,7 +1729,7 @@ def envelope(row: tuple) -> bytes:
         f' "key": {"null" if key is None else json_string(key)}, "body": '
     )
     tail = f', "headers": {headers[0] or "null"}' if headers else ""
-    return b"%b%b%b}" % (head.encode(), body, tail.encode())
+    return b"%b%b%b}" % (head.encode(), body if isinstance(body, bytes) else body.encode(), tail.encode())
 
 
 def report_row(names: Iterable[str], row: tuple) -> bytes:
@@ -1707,7 +1756,7 @@ def answer_to(entry: Entry, url: str) -> Answer:
     if stored.replayed:
         headers.append(("Idempotent-Replayed", "true"))
     if entry.batch:
-        ids = f'"count": {len(entry.bodies)}, "first_id": {stored.first_id}, "last_id": {stored.last_id}'
+        ids = f'"count": {stored.count}, "first_id": {stored.first_id}, "last_id": {stored.last_id}'
     else:
         ids = f'"id": {stored.first_id}'
         headers.append(("Location", f"{url}/{stored.first_id}"))
@@ -1727,15 +1776,17 @@ class ViewResource:
         resp.set_header("Vary", "Accept")
         (after, limit, filters), ndjson = page_from(req.params, stream), wants_ndjson(req)
         abandoned = req.env.get("inlet.is_abandoned", lambda: False)
-        texts, size = [], 0
+        texts, size, more = [], 0, False
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
-            for row in self._store.page(stream, after, limit, filters, abandoned):
+            for row in self._store.page(stream, after, limit + (not stream.has_ids), filters, abandoned):
+                if more := not stream.has_ids and (len(texts) == limit or size >= PAGE_BYTES):
+                    break
                 texts.append(envelope(row) if stream.has_ids else report_row(stream.fields, row))
                 size += len(texts[-1])
                 after = row[0]
-                if size >= PAGE_BYTES:
+                if size >= PAGE_BYTES and stream.has_ids:
                     break
-        name, tail = b"rows", b""
+        name, tail = b"rows", b', "more": true' if more else b""
         if stream.has_ids:
             query = {"after": after} | ({} if limit == DEFAULT_PAGE else {"limit": limit}) | filters
             next_page = f"{link(req, stream.name)}?{urlencode(query)}"
@@ -1772,18 +1823,20 @@ class StreamResource(ViewResource):
         stream, client, environ = self.stream, req.context.client, req.env
         if client:
             client.require("write", stream)
-        batch = is_batch(req.content_type)
-        key = environ.get("HTTP_IDEMPOTENCY_KEY")
-        data = read_body(environ, self._max_body)
-        if signed := client is None:
-            client, key = self._clients.signer(environ, data)
+        data, scheme = read_body(environ, self._max_body), None
+        if client is None:
+            client, scheme = self._clients.signer(environ, data)
+            req.context.client = client
             client.require("write", stream)
+        batch = is_batch(req.content_type)
         data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
         texts = json_texts(data, batch)
-        if signed and key is None:
-            key = id_in(texts[0])
-        headers = (kept_headers(environ),) if stream.has_headers else ()
-        entry = Entry(stream, client.name, idempotency_key(key), texts, headers, batch, signed)
+        if scheme:
+            key = delivery_key(environ.get(scheme.key, "") if scheme.key else id_in(texts[0]))
+        else:
+            key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY"))
+        headers = (kept_headers(environ, len(texts)),) if stream.has_headers else ()
+        entry = Entry(stream, client.name, key, texts, headers, batch, signed=bool(scheme))
         url = link(req, stream.name)
         if put := environ.get("inlet.put"):  # the server has it committed together with others, and answers then
             entry.deadline = environ["inlet.arrived_at"] + BUSY_TIMEOUT_S
@@ -1971,7 +2024,7 @@ class Server:
         self._posts: deque[Request] = deque()  # that have come in whole
         self._slow_posts: deque[Request] = deque()  # those that may take long to check
         self._reads: SimpleQueue[Request] = SimpleQueue()
-        self._probes: SimpleQueue[Request] = SimpleQueue()  # of /healthz, which must not wait for reads
+        self._probes: SimpleQueue[Request] = SimpleQueue()  # of /healthz and /metrics, which must not wait for reads
         self._answered: deque[Request] = deque()
         self._called = False  # has the loop been woken since it last looked?
         self._loop = 0  # the thread that is the loop
@@ -1997,7 +2050,7 @@ class Server:
     def add(self, request: "Request") -> None:
         """Take a request that has come in whole."""
         if request.method != "POST":
-            (self._probes if request.path.endswith("/healthz") else self._reads).put(request)
+            (self._probes if request.path.endswith(("/healthz", "/metrics")) else self._reads).put(request)
         elif request.held > SMALL_BYTES or "HTTP_CONTENT_ENCODING" in request.headers:
             self._slow_posts.append(request)
         else:
@@ -2009,10 +2062,14 @@ class Server:
         if threading.get_ident() != self._loop and not self._called:
             self.wake()
 
-    def require_room(self, held: int) -> None:
-        """Raise Problem if a request holds many bytes of its body, and all together hold too many."""
-        if held > SMALL_BYTES:
-            together = sum(each.request.held for each in self.connections() if each.request)
+    def require_room(self, request: "Request") -> None:
+        """Raise Problem if a request holds many bytes of its body, and all together hold too many.
+
+        Those who have not shown yet who they are have a limit of their own.
+        """
+        if request.held > SMALL_BYTES:
+            all_requests = [each.request for each in self.connections() if each.request]
+            together = sum(each.held for each in all_requests if (each.client is None) == (request.client is None))
             if together > max(BODIES_BYTES, 4 * self.settings.max_body):
                 raise Problem(503, "Too many large bodies are on their way.")
 
@@ -2231,7 +2288,7 @@ class Connection(dispatcher):
                 self._input = body.take(self._input)
                 request.held = body.held
                 self.server.require_size(request.held)
-                self.server.require_room(request.held)
+                self.server.require_room(request)
                 if not body.complete:
                     return
                 request.headers["CONTENT_LENGTH"] = str(body.held)
@@ -2242,7 +2299,7 @@ class Connection(dispatcher):
             self.request = self.request or Request(self)
             self.request.keeps_alive, self.request.body, self.request.held = False, None, 0
             self.request.answer = problem.answer()
-            self.server.store.statistics.answered("", problem.status, detail=problem.detail)
+            self.request.note(problem)
             self.answer(self.request)
 
     def _read_head(self) -> bool:
@@ -2333,7 +2390,7 @@ class Connection(dispatcher):
 class Request:
     """A request, read strictly: what two servers in a row could understand differently is refused (RFC 9112, 11.2)."""
 
-    method, version = "", "1.1"
+    method, version, path = "", "1.1", ""
     keeps_alive = True
     expects_continue = False
     length = 0  # bytes that the body will have, if the head says so
@@ -2402,7 +2459,7 @@ class Request:
             content = b"".join(self.connection.server.app(self.environ(), start_response))
             status, headers = answer
             if self.is_put:
-                self.more_headers = [header for header in headers if header[0].startswith("access-control-")]
+                self.more_headers = [header for header in headers if header[0].startswith(("access-control-", "vary"))]
                 return
             if self.method != "HEAD":
                 headers = [header for header in headers if header[0].lower() != "content-length"]
@@ -2438,16 +2495,26 @@ class Request:
             "inlet.is_abandoned": connection.is_abandoned,
             "inlet.put": self.put,
         }
-        if time.monotonic() < self.admitted_at + CLIENTS_REFRESH_S:
+        if time.monotonic() < self.admitted_at + 0.1:
             environ["inlet.client"] = self.client
         return environ | self.headers
 
     def put(self, entry: Entry, url: str) -> None:
         """Put a message into the queue of the store. Its result is the answer."""
         self.body, self.held = None, sum(map(sys.getsizeof, entry.bodies))
-        self.connection.server.require_room(self.held)
+        self.connection.server.require_room(self)
         self.is_put, self.entry, self.url, entry.then = True, entry, url, self.go_on
         self.connection.server.store.put(entry)
+
+    def note(self, problem: Problem) -> None:
+        """Count a refusal that the app has not seen, and let pages of other origins read it."""
+        path, origin = self.path, self.headers.get("HTTP_ORIGIN", "-")
+        server = self.connection.server
+        if origin in server.settings.cors.split(","):
+            self.more_headers = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
+        stream = path[1:] if path[1:] in server.store.schema.streams else ""
+        client = self.client.name if self.client else ""
+        server.store.statistics.answered(stream, problem.status, client, problem.detail, path)
 
     def give_up(self) -> None:
         """Answer that the outcome is unknown. Only the loop calls this."""
@@ -2740,8 +2807,8 @@ def parser() -> argparse.ArgumentParser:
         default = each.default.name if each.name == "schema" else each.default
         text = f"{each.metadata['takes']}; INLET_{each.name.upper()}, {default or 'none'}"
         top.add_argument(each.metadata["flag"], metavar="VALUE", help=text)
-    grants = "what client add grants: write, read, write:STREAM, read:STREAM; write read if left out"
-    top.add_argument("--can", nargs="+", metavar="GRANT", default=["write", "read"], help=grants)
+    grants = "what client add grants: write, read, write:STREAM, read:STREAM; those of NAME, or write read"
+    top.add_argument("--can", nargs="+", metavar="GRANT", help=grants)
     signs = f"client add: the sender signs its messages, by one of {', '.join(SCHEMES)}; prints its secret"
     top.add_argument("--signs", metavar="SCHEME", choices=SCHEMES, help=signs)
     top.add_argument("--secret", metavar="-", choices="-", help="client add --signs: read the secret from stdin")
@@ -2832,10 +2899,13 @@ def keep_clients(database: Path, words: list[str], options: argparse.Namespace) 
                     print(*row, sep="\t")
             case ["add", name]:
                 print(add_client(db, name, options))
-            case ["remove", name, *digest] if len(digest) < 2:
-                which = "name = ? AND substr(token, 1, length(?2)) = ?2"
-                if not db.execute(f"DELETE FROM clients WHERE {which}", (name, *(digest or [""]))).rowcount:
-                    raise SetupError(f"there is no client {' '.join(words[1:])}")
+            case ["remove", name]:
+                if not db.execute("DELETE FROM clients WHERE name = ?", (name,)).rowcount:
+                    raise SetupError(f"there is no client {name}")
+            case ["remove", name, digest]:
+                sql = "DELETE FROM clients WHERE name = ? AND substr(token, 1, length(?2)) = ?2"
+                if not digest or db.execute(sql, (name, digest)).rowcount != 1:
+                    raise SetupError(f"{name} has not exactly one token whose digest begins with {digest!r}")
             case _:
                 raise SetupError("client takes add NAME [--can GRANT …], list, or remove NAME, with --can at the end")
         db.execute("COMMIT")
@@ -2847,13 +2917,17 @@ def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -
         raise SetupError("NAME takes up to 64 letters, digits, '.', '_', '-' and '@'")
     found = [made for made in schema_objects(db).values() if made.kind in ("table", "view")]
     streams = [made.name for made in found if made.kind == "view" or is_stream(db, made.name)]
-    for grant in options.can:
+    of_old = db.execute("SELECT c.can FROM clients AS c WHERE c.name = ? ORDER BY c.made_at DESC", (name,)).fetchone()
+    can = options.can or (of_old[0].split() if of_old else ["write", "read"])
+    for grant in can:
         action, colon, stream = grant.partition(":")
         if action not in ("write", "read"):
             raise SetupError(f"{grant} is no grant: they are write, read, write:STREAM and read:STREAM")
         if colon and stream not in streams:
             raise SetupError(f"there is no stream {stream}: there are {', '.join(streams)}")
     secret = secrets.token_urlsafe(32)
+    if options.secret and not options.signs:
+        raise SetupError("--secret is for a sender with --signs")
     if options.signs:
         scheme = SCHEMES[options.signs]
         secret = scheme.made + base64.b64encode(secrets.token_bytes(32)).decode()
@@ -2864,7 +2938,9 @@ def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -
             long_enough = False
         if not long_enough:
             raise SetupError(f"this is not a secret of the scheme {options.signs}")
-    row = (name, digest_of(secret), " ".join(options.can), utc_now(), options.signs, secret if options.signs else None)
+    # A version before this one takes what has this digest for a token: so it is not that of a secret.
+    digest = digest_of(f"{options.signs} {secret}" if options.signs else secret)
+    row = (name, digest, " ".join(can), utc_now(), options.signs, secret if options.signs else None)
     if not db.execute(ADD_CLIENT, row).rowcount:
         raise SetupError("this secret is there already")
     return secret

@@ -8,6 +8,7 @@ import hmac
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import math
@@ -969,7 +970,7 @@ def test_the_database_can_be_read_by_its_owner_only(tmp_path, open_store):
     """It may hold secrets."""
     store = open_store()
     append(store, "messages", "1")
-    for name in ("inlet.db", "inlet.db-wal", "inlet.db-shm"):
+    for name in ("inlet.db", "inlet.db-wal", "inlet.db-shm", "inlet.db-lock"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
     (tmp_path / "inlet.db").chmod(0o640)  # and what its owner has chosen stays
     open_store()
@@ -1024,7 +1025,14 @@ def test_a_signed_message_needs_no_token_and_its_delivery_is_its_key(sender, sto
         answer, _ = sender(body, at=time.time() + 1)
         assert (answer.status_code, answer.headers["Idempotent-Replayed"], answer.json["id"]) == (201, "true", 1)
     assert sender(to="readings")[0].status_code == 403
-    assert sender(to="nothing")[0].status_code == 404
+    for nothing in (
+        "nothing",
+        "healthz/x",
+        "messages/1",
+        "warm",
+        "metrics",
+    ):  # a stranger learns nothing of what there is
+        assert sender(to=nothing)[0].status_code == 401, nothing
     packed = gzip.compress(DELIVERY.replace(b"d-1", b"d-2"))
     assert (
         sender(packed, ident="d-2", more={"Content-Encoding": "gzip"})[0].status_code == 201
@@ -1061,12 +1069,67 @@ def test_a_signature_that_is_not_right_is_401(sender, client, store):
     assert len(rows(store, "SELECT * FROM messages")) == (sender.scheme in ("standard", "stripe"))
 
 
+def test_what_names_a_delivery_is_its_key_whatever_it_looks_like(sender, store):
+    """And where a header names it, an id in the body does not."""
+    names = ("a  b", "x" * 300, "order 1")
+    for name in names:
+        body = json.dumps({"id": name}).encode()
+        for replayed in (None, "true"):
+            answer, _ = sender(body, ident=name)
+            assert (answer.status_code, answer.headers.get("Idempotent-Replayed")) == (201, replayed), name
+    headers = {"github": "X-GitHub-Delivery", "shopify": "X-Shopify-Webhook-Id"}
+    if name := headers.get(sender.scheme):
+        for state in (b"1", b"2"):
+            answer, _ = (
+                sender(DELIVERY + state.replace(b"1", b" "), more={name: None})
+                if state == b"1"
+                else sender(DELIVERY, more={name: None})
+            )
+            assert answer.status_code == 201
+        assert rows(store, "SELECT count(*) FROM messages WHERE key IS NULL") == [(2,)]
+    if sender.scheme == "standard":
+        assert sender(more={"Webhook-Id": None})[0].status_code == 401
+
+
+def test_a_batch_of_a_redelivery_says_what_there_is(sender, store):
+    """The first content stays, so that this is what is counted."""
+    if sender.scheme != "stripe":  # for which each line would have to be an event
+        for lines in (b"1\n2\n3", b"4", b"1\n2\n3\n4"):
+            answer, _ = sender(lines, more=in_http(BATCH))
+            assert (answer.json["count"], answer.json["first_id"], answer.json["last_id"]) == (3, 1, 3)
+
+
+def test_another_token_or_secret_has_the_grants_of_its_client(store, command):
+    command("client", "add", "x", "--can", "write:readings")
+    for more in ([], ["--signs", "github"]):
+        assert command("client", "add", "x", *more)[0] == 0
+    assert rows(store, "SELECT DISTINCT can FROM clients WHERE name = 'x'") == [("write:readings",)]
+    digests = [digest for (digest,) in rows(store, "SELECT token FROM clients WHERE name = 'x'")]
+    assert command("client", "remove", "x", digests[0][:10])[0] == 0
+    assert len(rows(store, "SELECT * FROM clients WHERE name = 'x'")) == 2
+
+
+def test_a_table_of_clients_that_something_else_uses_is_left_alone(tmp_path, open_store, command):
+    old = (
+        "CREATE TABLE clients (name TEXT NOT NULL PRIMARY KEY, token TEXT NOT NULL UNIQUE, can TEXT NOT NULL{}) STRICT;"
+    )
+    uses = {
+        "email": (", email TEXT", ""), "table orders": ("", "CREATE TABLE orders (client TEXT REFERENCES clients (name));"),
+        "trigger t": ("", "CREATE TRIGGER t AFTER INSERT ON clients BEGIN SELECT 1; END;"),
+    }  # fmt: skip
+    for words, (column, more) in uses.items():
+        (tmp_path / "inlet.db").unlink(missing_ok=True)
+        with contextlib.closing(sqlite3.connect(tmp_path / "inlet.db", isolation_level=None)) as db:
+            db.executescript(old.format(column) + more)
+        assert words in command("client", "list")[2]
+
+
 def test_a_secret_is_rotated_by_a_second_one(sender, command, client):
     """Senders that can have two secrets sign with both; of the others either comes alone."""
     _, other, _ = command("client", "add", "shop", "--signs", sender.scheme, "--can", "write:messages")
     eventually(lambda: sender(secret=other.strip())[0].status_code == 201, within_s=3)
     assert sender()[0].status_code == 201
-    assert command("client", "remove", "shop", service.digest_of(sender.secret)[:8])[0] == 0
+    assert command("client", "remove", "shop", service.digest_of(f"{sender.scheme} {sender.secret}")[:8])[0] == 0
     eventually(lambda: sender()[0].status_code == 401, within_s=3)
     separator, name = {"standard": (" ", "Webhook-Signature"), "stripe": (",", "Stripe-Signature")}.get(
         sender.scheme, "  "
@@ -1082,7 +1145,7 @@ def test_secrets_that_senders_dictate_come_from_stdin(store, command, monkeypatc
     for scheme, secret in (("stripe", "whsec_abcdefgh12345"), ("standard", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(secret + "\n"))
         assert command("client", "add", scheme, "--signs", scheme, "--secret", "-") == (0, secret + "\n", "")
-        assert command("client", "list")[1].count(f"{scheme}\t{service.digest_of(secret)[:8]}\t20") == 1
+        assert command("client", "list")[1].count(f"{scheme}\t{service.digest_of(f'{scheme} {secret}')[:8]}\t20") == 1
     for scheme, secret in (("standard", "whsec_é"), ("github", "short"), ("shopify", "")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(secret + "\n"))
         assert scheme in one_line_error("client", "add", "x", "--signs", scheme, "--secret", "-")
@@ -1119,6 +1182,8 @@ def metrics(client):
 
 def test_metrics_count_what_was_stored_and_refused(client, store):
     before = metrics(client)
+    for status in (201, 503, 507):  # an alert needs a zero before the first
+        assert before[f'inlet_requests_total{{stream="messages",status="{status}"}}'] == 0
     assert before['inlet_messages_total{stream="readings"}'] == 0
     for body, status in ((READING, 201), (READING, 201), ("{}", 422), ("no", 400)):
         assert client.post("readings", body).status_code == status
@@ -1154,7 +1219,7 @@ def test_the_log_names_refusals_and_counts_the_rest(store, server):
         time.sleep(1.1)
         assert send(connection, "POST", "/readings?a%0ab=1", "no")[0] == 400
     refused = [line for line in server.log.splitlines() if " inlet INFO " in line]
-    assert "422 to 'tester' at /readings: 'sensor is required'" in refused[0]
+    assert "422 to 'tester' at '/readings': 'sensor is required'" in refused[0]
     assert sum(" 422 to " in line for line in refused) < 60
     counted = [int(n) for n in re.findall(r"and (\d+) more refusals", server.log)]
     assert sum(counted) + sum(" to 'tester' at " in line for line in refused) == 302
@@ -1570,7 +1635,23 @@ def test_one_message_can_be_read(client):
     answer = client.get("/messages/1")
     assert answer.text.endswith('"client": "tester", "key": "k", "body": {"b":1.10,"a":2}}')
     assert (client.simulate_head("/messages/1", headers=AUTHORIZATION).content, answer.status_code) == (b"", 200)
-    for bad in ["2", "0", "-1", "1.0", "x", "1 OR 1=1", "9" * 30, f"{2**63 - 1}", f"{2**63}", "%00", "1/2"]:
+    for bad in [
+        "2",
+        "0",
+        "-1",
+        "1.0",
+        "+1",
+        "01",
+        "0_1",
+        "%D9%A1",
+        "x",
+        "1 OR 1=1",
+        "9" * 30,
+        f"{2**63 - 1}",
+        f"{2**63}",
+        "%00",
+        "1/2",
+    ]:
         refused = client.get(f"/messages/{bad}")
         assert (refused.status_code, refused.headers["Content-Type"]) == (404, "application/problem+json"), bad
 
@@ -1601,7 +1682,15 @@ def test_a_stream_with_headers_keeps_those_of_the_request(open_store):
         "Proxy-Authorization": "secret",
         "Content-Type": "application/json",
     }
-    sent |= {"X-Hub-Signature-256": "secret", "Webhook-Signature": "secret", "Content-Length": "1", "X-A": "1"}
+    secrets = (
+        "X-Hub-Signature-256",
+        "Webhook-Signature",
+        "X-Hub-Signature",
+        "X-Gitlab-Token",
+        "X-Api-Key",
+        "X-Hmac-Sha256",
+    )
+    sent |= dict.fromkeys(secrets, "secret") | {"Content-Length": "1", "X-A": "1"}
     client.post("messages", "1", **sent)
     client.post("messages", "1\n2", Ce_Type="t", **BATCH)
     one, *batch = client.get("/messages").json["messages"]
@@ -1616,6 +1705,13 @@ def test_a_stream_with_headers_keeps_those_of_the_request(open_store):
     assert client.get("/messages/2").json["headers"]["ce-type"] == "t"
     client.post("plain", "1")
     assert "headers" not in client.get("/plain/1").json
+
+
+def test_headers_and_lines_that_make_too_much_together_are_refused(open_store):
+    client = client_of(open_store(stream_sql("messages", ", headers TEXT")))
+    answer = client.post("messages", "1\n" * 10_000, X_A="x" * 8000, **BATCH)
+    assert (answer.status_code, answer.json["limit"]) == (413, 16 * 1024 * 1024)
+    assert client.post("messages", "1\n" * 1000, X_A="x" * 8000, **BATCH).status_code == 201
 
 
 def test_migrate_gives_a_stream_headers_and_old_messages_have_none(client, store, migrate):
@@ -1634,6 +1730,7 @@ CREATE VIEW latest AS SELECT client, max(id) AS last, count(*) AS "how many", x'
     1.5 AS "n", 9e999 AS much, -9e999 AS little, '"' || char(10) AS text FROM messages GROUP BY client;
 CREATE VIEW odd AS SELECT id, 7 AS received_at, NULL AS client, 8 AS key, 'no json' AS body, '[1]' AS headers FROM messages;
 CREATE VIEW overflow AS SELECT abs(CAST(body AS INTEGER)) AS n FROM messages;
+CREATE VIEW many AS SELECT 1 AS after UNION ALL SELECT 2 UNION ALL SELECT 3;
 CREATE VIEW _hidden AS SELECT 1 AS one;
 CREATE VIEW slow AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) AS n FROM n;
 """
@@ -1663,6 +1760,10 @@ def test_a_view_with_the_message_columns_is_a_feed_and_any_other_a_report(open_s
         assert client.get(f"/latest?{query}").status_code == 400
     odd = {"id": 1, "received_at": "7", "client": "", "key": "8", "body": "no json"}
     assert {name: value for name, value in client.get("/odd/1").json.items() if name != "headers"} == odd
+    assert client.get("/large?limit=1").json["next"] == "/large?after=3&limit=1"
+    for limit, more in ((2, True), (3, False), (1, True)):
+        answer = client.get(f"/many?limit={limit}").json
+        assert (len(answer["rows"]), answer.get("more", False)) == (min(limit, 3), more)
     assert client.post("large", "1").status_code == 405
     assert client.get("/latest/1").status_code == client.get("/_hidden").status_code == 404
     assert client.get("/overflow").status_code == 200
@@ -1671,13 +1772,31 @@ def test_a_view_with_the_message_columns_is_a_feed_and_any_other_a_report(open_s
     assert [root["views"][name].get("last_id") for name in ("large", "latest")] == [5, None]
 
 
+def test_no_message_makes_a_view_answer_with_what_is_not_json(open_store):
+    """A lone surrogate becomes text that is not UTF-8, 1e999 an infinity; and an id or headers may be a BLOB."""
+    views = """CREATE VIEW report AS SELECT body ->> 'x' AS x, count(*) AS n FROM messages GROUP BY x;
+    CREATE VIEW feed AS SELECT id, received_at, client, key, body ->> 'x' AS body, CAST('{}' AS BLOB) AS headers FROM messages;
+    CREATE VIEW blobs AS SELECT CAST(id AS BLOB) AS id, received_at, client, key, body FROM messages;"""
+    client = client_of(open_store(stream_sql("messages") + views))
+    for x in ('"\\ud800"', "1e999", "-1e999", "null", "[1]", '"\\u0000"'):
+        assert client.post("messages", f'{{"x": {x}}}').status_code == 201
+    for path, accept in itertools.product(("report", "feed", "feed/1", "feed/2", "blobs", ""), ("json", "x-ndjson")):
+        answer = client.get(f"/{path}", Accept=f"application/{accept}")
+        assert answer.status_code == 200, path
+        text = answer.content.decode()
+        for line in text.split("\n")[:-1] if accept == "x-ndjson" and path in ("report", "feed", "blobs") else [text]:
+            json.loads(line, parse_constant=pytest.fail)
+
+
 def test_a_view_that_cannot_be_read_is_503_and_a_slow_one_ends(open_store, monkeypatch, caplog):
     monkeypatch.setattr(service, "READ_TIMEOUT_S", 0.5)
     store = open_store(stream_sql("messages") + VIEWS)
     client = client_of(store)
     client.post("messages", "-9223372036854775808")
     answer = client.get("/overflow")
-    assert (answer.status_code, answer.headers["Retry-After"], "overflow" in caplog.text) == (503, "2", True)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+    assert "the view overflow cannot be read: integer overflow" in caplog.text
+    assert "this view" in answer.json["detail"]
     with within(5):
         assert "took more than" in client.get("/slow").json["detail"]
         assert client.get("/").status_code == 200
@@ -1702,7 +1821,8 @@ def test_pages_of_other_origins_may_use_it_if_they_are_named(server_with, store)
     page = {"Origin": "https://a.example"}
     preflight = page | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     ask = {"Authorization": "", "Content-Type": ""}
-    allowed = server_with("--cors", "https://a.example,https://b.example").connect()
+    allowed_server = server_with("--cors", "https://a.example,https://b.example")
+    allowed = allowed_server.connect()
     status, headers, _ = send(allowed, "OPTIONS", "/messages", **ask, **preflight)
     assert (status, headers["Access-Control-Allow-Origin"]) == (200, "https://a.example")
     assert "POST" in headers["Access-Control-Allow-Methods"]
@@ -1711,7 +1831,13 @@ def test_pages_of_other_origins_may_use_it_if_they_are_named(server_with, store)
         answer = send(allowed, method, "/messages", body, **page)
         assert (answer[0], answer[1]["Access-Control-Allow-Origin"]) == (status, "https://a.example")
         assert "Location" in answer[1]["Access-Control-Expose-Headers"]
+    status, headers, _ = send(
+        allowed, "POST", "/messages", "1", Authorization="Bearer x", **page
+    )  # refused at its head
+    assert (status, headers["Access-Control-Allow-Origin"]) == (401, "https://a.example")
+    allowed = allowed_server.connect()
     assert send(allowed, "OPTIONS", "/messages", **ask)[0] == 401
+    assert send(allowed, "OPTIONS", "/messages", **ask, **(preflight | {"Origin": "https://c.example"}))[0] == 401
     assert send(allowed, "POST", "/messages", "1", Origin="https://c.example")[1]["Access-Control-Allow-Origin"] is None
     none = server_with().connect()
     assert send(none, "OPTIONS", "/messages", **ask, **preflight)[0] == 401
@@ -2288,7 +2414,8 @@ def test_clients_are_added_listed_and_removed_beside_a_running_server(server, tm
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["add", "x", "--can", "write:nothing"], "nothing"), (["add", "x", "--can", "delete"], "delete"), ([], "add NAME"),
-    (["add", "white space"], "NAME"), (["remove", "tester", "0000"], "tester 0000"), (["remove", "nobody"], "nobody"),
+    (["add", "white space"], "NAME"), (["remove", "tester", "0000"], "'0000'"), (["remove", "tester", ""], "''"),
+    (["add", "x", "--secret", "-"], "--signs"), (["remove", "nobody"], "nobody"),
 ])  # fmt: skip
 def test_what_cannot_be_done_to_a_client_is_one_line(arguments, words, store, one_line_error):
     assert words in one_line_error("client", *arguments)

@@ -3,15 +3,17 @@
 import contextlib
 import gzip
 import http.client
+import json
 import socket
 import sqlite3
 import time
 from pathlib import Path
 
 import pytest
+from common import Server, database
 
 import service
-from test_service import DEADLINE_S, TOKEN, add_tester, send
+from test_service import DEADLINE_S, TOKEN, add_tester, run, send, stream_sql
 
 HEAD = f"POST /messages HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
 
@@ -143,3 +145,105 @@ def test_a_thousand_refusals_a_second_do_not_fill_the_log(server, tmp_path):
     assert len(named) + counted == 2000
     assert len(named) < 200
     assert all(line[:3] == "202" and line.isprintable() for line in server.log.splitlines())
+
+
+@pytest.mark.parametrize(("version", "more"), [("1.0", ""), ("1.1", "Connection: close\r\n"), ("1.1", "")])
+def test_a_client_that_has_closed_for_sending_gets_its_whole_answer(version, more, server):
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(5):
+            assert send(connection, "POST", "/messages", b'"' + b"x" * 1_000_000 + b'"')[0] == 201
+    with connect(server) as sock:
+        head = f"GET /messages HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n{more}\r\n"
+        sock.sendall(head.encode())
+        sock.shutdown(socket.SHUT_WR)
+        time.sleep(0.5)
+        head, _, body = all_of(sock).partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}" in head.decode()
+    assert len(body) > 4_000_000
+
+
+@pytest.mark.parametrize(
+    "request_", ["HEAD / HTTP/1.1\r\n\r\n", "HEAD / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: x\r\n\r\n"]
+)
+def test_an_answer_to_head_has_no_content(request_, server):
+    with connect(server) as sock:
+        sock.sendall(request_.encode())
+        assert all_of(sock).endswith(b"\r\n\r\n")
+
+
+def test_a_body_that_nobody_asked_for_is_not_kept(server):
+    with connect(server) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+        assert all_of(sock).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_small_bodies_that_unpack_to_large_ones_have_a_bound_while_they_wait(server, tmp_path):
+    large = '"\U0001f600'.encode() + b"a" * 1_048_500 + b'"'  # four bytes a character, in Python
+    packed = gzip.compress(large)
+    head = HEAD.encode() + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
+    with contextlib.ExitStack() as stack, server.growing_at_most(300):
+        db = stack.enter_context(contextlib.closing(sqlite3.connect(tmp_path / "inlet.db", isolation_level=None)))
+        db.execute("BEGIN IMMEDIATE")
+        sockets = [stack.enter_context(connect(server)) for _ in range(200)]
+        for sock in sockets:
+            sock.sendall(head + packed)
+        refused = sum(sock.recv(12) == b"HTTP/1.1 503" for sock in sockets[-100:])
+        db.execute("ROLLBACK")
+    assert refused == 100
+    assert send(server.connect(), "POST", "/messages", large)[0] == 201
+
+
+def test_messages_that_take_long_to_check_do_not_hold_up_small_ones(server):
+    packed = gzip.compress(b"[" + b"[1]," * 260_000 + b"1]")
+    head = HEAD.encode() + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(connect(server)).sendall(head + packed)
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert send(server.connect(), "POST", "/messages", "1")[0] == 201
+        assert time.monotonic() - started < 5  # 60 of them take 20 s
+
+
+def test_reads_that_nobody_waits_for_are_not_run_and_healthz_waits_for_none(tmp_path):
+    view = "CREATE VIEW slow AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT {}) SELECT sum(i) FROM n;"
+    database(tmp_path, stream_sql("messages") + view.format(3_000_000))
+    with contextlib.closing(Server(tmp_path)) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                sock = stack.enter_context(connect(server))
+                sock.sendall(f"GET /slow HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+            time.sleep(0.3)
+            started = time.monotonic()
+            assert send(server.connect(), "GET", "/healthz")[0] == 200
+            assert send(server.connect(), "GET", "/metrics")[0] == 200
+            assert time.monotonic() - started < 3
+        started = time.monotonic()  # all have gone now
+        assert send(server.connect(), "GET", "/messages")[0] == 200
+        assert time.monotonic() - started < 15  # 100 of them take 40 s
+
+
+def test_uploads_that_are_aborted_leave_nothing(server):
+    head = HEAD.encode() + b"Content-Length: 1048576\r\n\r\n" + b"a" * 1_048_500
+    with server.growing_at_most(200):
+        for _ in range(8):
+            with contextlib.ExitStack() as stack:
+                for _ in range(60):
+                    stack.enter_context(connect(server)).sendall(head)
+                for _ in range(400):  # so that the garbage collector takes the others for old
+                    stack.enter_context(connect(server)).sendall(b"POST / HTTP/1.1\r\nHost: x\r\n")
+                time.sleep(0.3)
+            time.sleep(0.3)
+
+
+def test_who_only_pretends_to_sign_takes_no_room_from_those_who_are_known(server, tmp_path):
+    assert run(tmp_path, "client", "add", "shop", "--signs", "github").returncode == 0
+    unknown = "POST /messages HTTP/1.1\r\nHost: x\r\nX-Hub-Signature-256: sha256=0\r\nContent-Length: 1048576\r\n\r\n"
+    time.sleep(1)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(connect(server)) for _ in range(80)]
+        for sock in sockets:
+            sock.sendall(unknown.encode() + b"a" * 1_048_500)
+        server.wait_until_idle()
+        assert send(server.connect(), "POST", "/messages", json.dumps("x" * 500_000))[0] == 201
+        assert all_of(sockets[-1]).startswith(b"HTTP/1.1 503")

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from common import Server, database
+from common import Server, database, failing
 
 import service
 from test_service import DEADLINE_S, HERE, TOKEN, run, send, stream_sql
@@ -305,3 +305,150 @@ while True:
             assert run(tmp_path, "client", "list").returncode == 0
         finally:
             os.killpg(parent.pid, signal.SIGKILL)
+
+
+EMBEDDED = """
+import os, sys, threading, time, falcon.testing, service
+client = falcon.testing.TestClient(service.application)
+headers = {"Authorization": "Bearer " + sys.argv[1], "Content-Type": "application/json"}
+post = lambda body="1": client.simulate_post("/messages", body=body, headers=headers)
+assert post().status_code == 201
+"""
+
+
+@contextlib.contextmanager
+def embedding(folder, code, schema=""):
+    """A process that has used service:application, and runs this code then."""
+    path = database(folder, stream_sql("messages") + schema)
+    environ = os.environ | {
+        "INLET_DATABASE": str(path),
+        "INLET_SCHEMA": str(folder / "schema.sql"),
+        "PYTHONPATH": str(HERE),
+    }
+    command = [sys.executable, "-c", EMBEDDED + code, TOKEN]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env=environ, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_child_that_serves_on_after_its_parent_was_killed_loses_nothing(tmp_path):
+    """Beside a service that starts then: SQLite must not believe that the child has the locks of its parent."""
+    code = """
+client.simulate_get("/messages", headers=headers)
+if os.fork() == 0:
+    for line in sys.stdin:
+        print(post(line).json["id"], flush=True)
+    os._exit(0)
+print("forked", flush=True)
+time.sleep(60)
+"""
+    with embedding(tmp_path, code) as parent:
+
+        def through_the_child(body):
+            parent.stdin.write(f"{body}\n")
+            parent.stdin.flush()
+            return int(parent.stdout.readline())
+
+        assert parent.stdout.readline() == "forked\n"
+        ids = [through_the_child(n) for n in range(3)]
+        parent.kill()
+        with contextlib.closing(Server(tmp_path)) as server, contextlib.closing(server.connect()) as connection:
+            for n in range(10):
+                ids.append(json.loads(send(connection, "POST", "/messages", str(n))[2])["id"])
+                ids.append(through_the_child(n))
+    assert ids == list(range(2, 25))
+    assert [row[0] for row in sql(tmp_path / "inlet.db", "SELECT id FROM messages")] == list(range(1, 25))
+
+
+def test_threads_that_fork_at_once_and_children_that_fork_again_do_not_hang(tmp_path):
+    code = """
+done = [0, 0]
+def fork(number):
+    for done[number] in range(1, 21):
+        child = os.fork()
+        if not child:
+            if not (grandchild := os.fork()):
+                os._exit(0)
+            os.waitpid(grandchild, 0)
+            os._exit(0)
+        os.waitpid(child, 0)
+def write():
+    while done != [20, 20]:
+        assert post().status_code == 201
+threads = [threading.Thread(target=fork, args=(n,)) for n in (0, 1)] + [threading.Thread(target=write) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(done)
+"""
+    with embedding(tmp_path, code) as process:
+        assert process.communicate(timeout=60)[0] == "[20, 20]\n"
+
+
+def test_a_fork_ends_slow_reads_and_holds_up_no_message(tmp_path):
+    code = """
+threading.Thread(target=lambda: client.simulate_get("/slow", headers=headers), daemon=True).start()
+time.sleep(0.5)
+threading.Thread(target=lambda: os.fork() or os._exit(0), daemon=True).start()
+time.sleep(0.5)
+started = time.monotonic()
+assert post().status_code == 201
+print(time.monotonic() - started < 1, flush=True)
+os._exit(0)
+"""
+    view = "CREATE VIEW slow AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) AS n FROM n;"
+    with embedding(tmp_path, code, view) as process:
+        assert process.communicate(timeout=60)[0] == "True\n"
+
+
+@pytest.mark.parametrize("second", ["server", "client"])
+def test_a_shm_that_was_removed_is_noticed_before_anything_is_written(second, tmp_path):
+    """Two processes with different -shm files would overwrite each other's messages in the WAL."""
+    database(tmp_path)
+    with contextlib.closing(Server(tmp_path)) as server, contextlib.closing(server.connect()) as connection:
+
+        def post(through, n, token=TOKEN):
+            return send(through, "POST", "/messages", str(n), Idempotency_Key=f"k{n}", Authorization=f"Bearer {token}")
+
+        assert post(connection, 0)[0] == 201
+        (tmp_path / "inlet.db-shm").unlink()
+        assert [post(connection, n)[0] for n in (1, 2)] == [201, 201]
+        if second == "client":
+            token = run(tmp_path, "client", "add", "bob").stdout.strip()
+            assert post(connection, 3)[0] == 201
+            time.sleep(1)
+            assert post(connection, 4, token)[0] == 201
+        else:
+            with contextlib.closing(Server(tmp_path)) as other, contextlib.closing(other.connect()) as through:
+                for n in range(3, 13):
+                    assert post(through if n % 2 else connection, n)[0] == 201
+    bodies = [int(row[0]) for row in sql(tmp_path / "inlet.db", "SELECT body FROM messages ORDER BY id")]
+    assert bodies == list(range(5 if second == "client" else 13))
+
+
+def test_a_sync_that_hangs_is_503_in_time_for_all_who_wait(tmp_path):
+    """Also for the message that is in the COMMIT, and for those behind it."""
+    database(tmp_path)
+    server = Server(tmp_path)
+    assert send(server.connect(), "POST", "/messages", "0", Idempotency_Key="0")[0] == 201
+    answers = []
+
+    def post(n):
+        started = time.monotonic()
+        status = send(server.connect(), "POST", "/messages", str(n), Idempotency_Key=str(n))[0]
+        answers.append((status, round(time.monotonic() - started)))
+
+    with failing(server, "fdatasync:delay_enter=15000000:when=1"):
+        threads = [threading.Thread(target=post, args=(n,)) for n in range(1, 5)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join()
+        assert {status for status, _ in answers} == {503}
+        assert {seconds for _, seconds in answers} <= {10, 11}
+    assert server.end() == 0
+    assert sql(tmp_path / "inlet.db", "SELECT count(*) = count(DISTINCT key) FROM messages") == [(1,)]

@@ -108,7 +108,7 @@ def test_what_the_stripe_package_signs_is_taken(server, tmp_path):
 def test_a_sender_that_can_neither_sign_nor_send_headers(server, tmp_path):
     """As Amazon SNS: text/plain, the id of the delivery in a header of its own."""
     port, token = free_port(), AUTHORIZATION["Authorization"]
-    changes = [("listen 8081;", f"listen 127.0.0.1:{port};"), ("THE-SECRET-PATH", "hook-Zk3")]
+    changes = [("listen 8090;", f"listen 127.0.0.1:{port};"), ("THE-SECRET-PATH", "hook-Zk3")]
     adapted("webhooks.conf", tmp_path, *changes, ("Bearer THE-TOKEN", token))
     upstream = f"upstream inlet {{ server {server.address}; keepalive 8; }}"
     places = "".join(
