@@ -1033,7 +1033,6 @@ class Database:
         self._paths = [f"{self.path}{suffix}" for suffix in ("", "-wal", "-shm")]
         self._start_anew()
         # A fork waits until no thread is inside of SQLite. Else the child would inherit locks that nobody releases.
-        self._one_fork, self.forks = threading.Lock(), False
         os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
 
     def _start_anew(self) -> None:
@@ -1042,8 +1041,8 @@ class Database:
         self._writer: sqlite3.Connection | None = None
         self._files: list = []  # (device, inode) of the database, its WAL and its -shm when the writer opened them
         self._wal_is_large = False
-        # Connections that read, each with its file: one for each thread that is inside of SQLite, opened by its first
-        # use.
+        self._one_fork, self.forks = threading.Lock(), False
+        # Connections that read, each with its file: one for each thread that reads, opened by its first use.
         self._slots: LifoQueue[tuple[sqlite3.Connection | None, Any]] = LifoQueue()
         for _ in range(SLOTS):
             self._slots.put((None, None))
@@ -1063,8 +1062,7 @@ class Database:
 
     def _in_child(self) -> None:
         # SQLite believes that the child has the locks of the parent, as long as one of these connections is open.
-        self._after_fork()
-        self._close_all()
+        close_each([self._writer, *(connection for connection, _ in self._taken)])
         if self._lock:  # it would stay locked here when the parent dies
             self._lock.close()
         self._start_anew()
@@ -1073,10 +1071,7 @@ class Database:
         """Close every connection, when those in use have come back; BlockingIOError while a fork waits for them."""
         if not self._one_fork.acquire(blocking=False):
             raise BlockingIOError
-        readers = [self._slots.get()[0] for _ in range(SLOTS)]
-        for connection in filter(None, [self._writer, *readers]):
-            with contextlib.suppress(sqlite3.Error):
-                connection.close()
+        close_each([self._writer, *(self._slots.get()[0] for _ in range(SLOTS))])
         self._writer = None
         for _ in range(SLOTS):
             self._slots.put((None, None))
@@ -1151,10 +1146,8 @@ class Database:
         return db
 
     def _close_writer(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer:
-            with contextlib.suppress(sqlite3.Error):
-                writer.close()
+        close_each([self._writer])
+        self._writer = None
 
     @contextlib.contextmanager
     def reader(self, give_up: Callable[[], bool] | None = None) -> Iterator[sqlite3.Connection]:
@@ -1171,6 +1164,13 @@ class Database:
             raise
         finally:
             self._slots.put((db, file))
+
+
+def close_each(connections: Iterable[sqlite3.Connection | None]) -> None:
+    """Close connections, whatever state they are in."""
+    for connection in filter(None, connections):
+        with contextlib.suppress(sqlite3.Error):
+            connection.close()
 
 
 def touch(db: sqlite3.Connection) -> None:
@@ -2186,7 +2186,7 @@ TARGET = re.compile(rb"(?:https?://(?![:/?])%b|(?=[/*]))(\*|/[^?#]*+)?(?:\?([^#]
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*+;[\t -~\x80-\xff]*+)?\r\n")
 TRAILER_LINE = re.compile(FIELD_LINE)
 MAX_LINE_BYTES = 1024  # of a chunk or a trailer
-RECEIVE_BYTES = 8_192
+RECEIVE_BYTES = 65_536
 http_date = lru_cache(maxsize=1)(formatdate)
 
 
@@ -2269,7 +2269,8 @@ class Connection(dispatcher):
                 self.close()
             return
         self.active_at = time.monotonic()
-        self._discarded += len(data) * self._lingers
+        if self._lingers:
+            self._discarded += len(data)
         if (not data and not self.output) or self._discarded > DISCARDED_BYTES:
             self.close()
         elif not data:  # the client has closed for sending, and waits for the rest of its answer
@@ -2332,10 +2333,8 @@ class Connection(dispatcher):
             return
         self._lingers = not request.keeps_alive or self.server.stopping
         status, headers, content = request.answer
-        lines = [
-            f"HTTP/1.1 {status}",
-            *(f"{name.title()}: {value}" for name, value in [*headers, *request.more_headers]),
-        ]
+        lines = [f"HTTP/1.1 {status}"]
+        lines += [f"{name.title()}: {value}" for name, value in [*headers, *request.more_headers]]
         lines += ["Server: Inlet", f"Date: {http_date(int(time.time()), usegmt=True)}"]
         if request.method != "HEAD":
             lines.append(f"Content-Length: {len(content)}")
@@ -2401,8 +2400,8 @@ class Request:
     arrived_at = 0.0  # when it had come in whole
     is_put = False  # was its message put into the queue of the store?
     entry: Entry | None = None  # as long as it has no result
-    answer: Answer = "503 Service Unavailable", [], b""
-    more_headers: list[tuple[str, str]] | tuple = ()
+    answer = Problem(503, "The client has closed the connection.").answer()
+    more_headers: Iterable[tuple[str, str]] = ()
 
     def __init__(self, connection: Connection):
         self.connection = connection
@@ -2447,10 +2446,11 @@ class Request:
 
     def run(self) -> None:
         """Run the app. The answer goes to the loop: at once, or when the message of this request has been stored."""
-        answer, waited_s = [], time.monotonic() - self.arrived_at
-        if waited_s > 1 and self.connection.is_abandoned():  # nobody waits for the answer
-            self.connection.server.finish(self)
+        waited_s = time.monotonic() - self.arrived_at
+        if self.connection.request is not self or (waited_s > 1 and self.connection.is_abandoned()):
+            self.connection.server.finish(self)  # nobody waits for the answer
             return
+        answer = []
 
         def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
             answer[:] = status, headers
