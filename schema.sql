@@ -6,7 +6,7 @@
 --     is generated from it:            sensor TEXT AS (body ->> 'sensor')
 --     and can be asked for:            GET /readings?sensor=a-17
 --   * Constraints are the validation. What breaks one is refused with 422 (with
---     409 for UNIQUE), and the name of the constraint is what the client reads:
+--     409 for UNIQUE). The name of a CHECK, or of a UNIQUE INDEX, is what the client reads:
 --         CONSTRAINT "value must be between -90 and 60" CHECK (value BETWEEN -90 AND 60)
 --     NOT NULL makes a member required; REFERENCES holds it to a lookup table. A column
 --     converts to its type and does not refuse: CHECK (json_type(body, '$.n') = 'integer').

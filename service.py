@@ -73,7 +73,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -145,7 +145,7 @@ class LazyApplication:
     """
 
     def __init__(self) -> None:
-        # By process. What a fork's child inherits stays here: Python would close its connections, and that can hang.
+        # By process id. A child keeps its parent's app here: to free it would close what the parent uses.
         self._apps: dict[int, falcon.App] = {}
         self._lock = threading.Lock()
         # No fork while the app is made: the child would inherit locks of SQLite that no thread of it releases.
@@ -572,7 +572,9 @@ def differences(db: sqlite3.Connection, schema: Schema) -> list[tuple[str, bool]
             found.append((f"{new} is new", serious))
         elif not new.same_as(old):
             before, after = ({line.strip() for line in made.sql.splitlines()} for made in (old, new))
-            changes = [f"[+ {line}]" for line in sorted(after - before)] + [f"[- {line}]" for line in before - after]
+            changes = [f"[+ {line}]" for line in sorted(after - before)] + [
+                f"[- {line}]" for line in sorted(before - after)
+            ]
             found.append((" ".join([f"{new} has changed", *changes]), serious))
     return found + [(f"{old} is not in the schema", old.kind != "index" or old.unique) for old in leftovers(db, schema)]
 
@@ -643,11 +645,11 @@ class Entry:
     bodies: list[str] = field(default_factory=list)
     headers: tuple[str, ...] = ()  # the request's, as one JSON object, if the stream has a column for them
     batch: bool = False
-    signed: bool = False  # then the first body under a key wins: such a sender can only try again
+    signed: bool = False  # then a known key gets its first answer, even with another body
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
     line: int = 1  # of the batch: the one that is being inserted
     result: Stored | Problem | None = None
-    then: Callable[["Entry"], None] | None = None  # called when there is a result, or when nobody writes any more
+    then: Callable[["Entry"], None] | None = None  # called with a result, or, without one, to say: call write()
     wake: Any = None  # for a thread that waits: a lock that is released when there is a result, or when it has to write
     leads: bool = False  # does this thread write?
 
@@ -664,7 +666,7 @@ class Store:
         self.schema = schema
         self.database = Database(path)
         self.queue: list[Entry] = []  # entries that nobody writes yet
-        self.statistics = Statistics(schema.streams)
+        self.statistics = Statistics([stream.name for stream in schema.streams.values() if stream.takes])
         self._clock = clock
         self._mutex = threading.Lock()  # for the queue, for what follows, and for the results of entries
         self._writing = False  # is there a thread that writes, or was told to?
@@ -695,7 +697,7 @@ class Store:
                         db.execute(ADD_CLIENT, row)
                 db.execute("COMMIT")
                 found = differences(db, self.schema)
-            sync_directory(path.parent)  # or a power cut could take a new file with every message in it
+            sync_directory(path.parent)  # else a power cut could lose the new file and its messages
         except (sqlite3.Error, OSError) as error:
             raise SetupError(f"{path} cannot be opened: {error}") from None
         if any(is_serious for _, is_serious in found):
@@ -805,7 +807,7 @@ class Store:
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
-        """Insert the rows of an entry. What refuses them undoes this entry only; raises what undoes more than that."""
+        """Insert the rows of an entry. A refusal undoes only this entry. An error that undid more is raised."""
         if not entry.bodies:
             touch(db)
             return Stored(0, 0, received_at, 0)
@@ -883,7 +885,7 @@ class Store:
         """
         conditions, values = "t.id > :after AND t.id <= :until", {"after": after, "until": until, "limit": limit}
         if not stream.has_ids:
-            conditions = ":after < :until"
+            conditions = "true"
         for number, (column, text) in enumerate(filters.items()):
             conditions += f" AND {condition(stream, column, f':value{number}')}"
             values[f"value{number}"] = text
@@ -942,7 +944,7 @@ def rows_after_the_first(entry: Entry, received_at: str) -> Iterator[tuple]:
 
 
 def key_of_line(key: str | None, line: int | str) -> str | None:
-    """Return the key of a line of a batch: the batch's own for the first, then with a space, as no client's key has."""
+    """Return the key of one line: line 1 has the batch's key k1, line 2 has `k1 2`. No client's key has a space."""
     return key if key is None or line == 1 else f"{key} {line}"
 
 
@@ -995,7 +997,7 @@ def lock_file(database: Path) -> IO:
 
 @contextlib.contextmanager
 def locked(file: IO, deadline: float) -> Iterator[None]:
-    """Hold the turn to write, among processes, for a block; TimeoutError if it is not to be had by the deadline.
+    """Run a block while no other process may write; TimeoutError if the lock is not free by the deadline.
 
     It is a flock on a file of its own beside the database. SQLite polls for its own lock with pauses that grow, so that
     a busy process starves the others; and from 3.7.0 to 3.51.2 two connections that write or checkpoint at the same
@@ -1039,16 +1041,16 @@ class Database:
         self._lock: IO | None = None
         self._in_writer = threading.Lock()  # held while a thread uses the connection that writes
         self._writer: sqlite3.Connection | None = None
-        self._files: list = []  # (device, inode) of the database, its WAL and its -shm when the writer opened them
+        self._files: tuple = ()  # (device, inode) of the database, its WAL and its -shm when the writer opened them
         self._wal_is_large = False
-        self._one_fork, self.forks = threading.Lock(), False
+        self._all_slots_lock, self.forks = threading.Lock(), False
         # Connections that read, each with its file: one for each thread that reads, opened by its first use.
         self._slots: LifoQueue[tuple[sqlite3.Connection | None, Any]] = LifoQueue()
         for _ in range(SLOTS):
             self._slots.put((None, None))
 
     def _before_fork(self) -> None:
-        self._one_fork.acquire()
+        self._all_slots_lock.acquire()
         self.forks = True  # so that slow reads end
         self._taken = [self._slots.get() for _ in range(SLOTS)]
         self._in_writer.acquire()
@@ -1058,7 +1060,7 @@ class Database:
         for slot in self._taken:
             self._slots.put(slot)
         self._in_writer.release()
-        self._one_fork.release()
+        self._all_slots_lock.release()
 
     def _in_child(self) -> None:
         # SQLite believes that the child has the locks of the parent, as long as one of these connections is open.
@@ -1069,13 +1071,13 @@ class Database:
 
     def _close_all(self) -> None:
         """Close every connection, when those in use have come back; BlockingIOError while a fork waits for them."""
-        if not self._one_fork.acquire(blocking=False):
+        if not self._all_slots_lock.acquire(blocking=False):
             raise BlockingIOError
         close_each([self._writer, *(self._slots.get()[0] for _ in range(SLOTS))])
         self._writer = None
         for _ in range(SLOTS):
             self._slots.put((None, None))
-        self._one_fork.release()
+        self._all_slots_lock.release()
 
     @contextlib.contextmanager
     def transaction(self, deadline: float) -> Iterator[sqlite3.Connection]:
@@ -1107,31 +1109,18 @@ class Database:
 
     def _ready_writer(self, deadline: float) -> sqlite3.Connection:
         """Return the connection that writes, opened again if it is lost or its files are not the ones on disk."""
-        files, wal_bytes = self._files_on_disk()
+        files, sizes = zip(*map(identity_and_size, self._paths), strict=True)
         if self._writer and self._files != files:
             log.error("%s, its WAL or its -shm was removed or replaced; opening it again", self.path)
             if self._files[0] == files[0] and self._files[1] != files[1]:
                 # What is in a WAL that was removed can be saved when nobody reads it.
                 poll(lambda: checkpoint(self._writer, required=True), deadline, "a reader of the removed WAL")
             poll(self._close_all, deadline, "a fork")  # readers as well, for they share the -shm
-        if self._wal_is_large != (wal_bytes > LARGE_WAL_BYTES):
+        if self._wal_is_large != (sizes[1] > LARGE_WAL_BYTES):
             self._wal_is_large = not self._wal_is_large
             now = "has grown: a reader stays open" if self._wal_is_large else "is small again"
-            log.warning("the WAL %s (%d MiB)", now, wal_bytes // 2**20)
+            log.warning("the WAL %s (%d MiB)", now, sizes[1] // 2**20)
         return self._writer or self._open_writer()
-
-    def _files_on_disk(self) -> tuple[list, int]:
-        """Return (device, inode) of the database, its WAL and its -shm, None if missing, and the bytes of the WAL."""
-        found, sizes = [], []
-        for path in self._paths:
-            try:
-                stat = os.stat(path)
-                found.append((stat.st_dev, stat.st_ino))
-                sizes.append(stat.st_size)
-            except FileNotFoundError:
-                found.append(None)
-                sizes.append(0)
-        return found, sizes[1]
 
     def _open_writer(self) -> sqlite3.Connection:
         """Open the connection that writes, while no other process does."""
@@ -1142,7 +1131,7 @@ class Database:
         # with a hole in it ends there. So what an earlier process left in the WAL goes to the database. If a reader
         # prevents that, another connection uses the WAL, so it is intact.
         checkpoint(db)
-        self._files, _ = self._files_on_disk()
+        self._files = tuple(identity_and_size(path)[0] for path in self._paths)
         return db
 
     def _close_writer(self) -> None:
@@ -1154,9 +1143,9 @@ class Database:
         """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
         db, file = self._slots.get()
         try:
-            (now, *_), _ = self._files_on_disk()
-            if file != now:  # not opened yet, or removed, or replaced
-                db, file = connect(self.path, "ro", BUSY_TIMEOUT_S), now
+            on_disk, _ = identity_and_size(self._paths[0])
+            if file is None or file != on_disk:  # not opened yet, or removed, or replaced
+                db, file = connect(self.path, "ro", BUSY_TIMEOUT_S), on_disk
             db.set_progress_handler(give_up, SQLITE_STEPS)
             yield db
         except sqlite3.Error:
@@ -1164,6 +1153,15 @@ class Database:
             raise
         finally:
             self._slots.put((db, file))
+
+
+def identity_and_size(path: str) -> tuple[tuple[int, int] | None, int]:
+    """Return (device, inode) of a file and its bytes; None and 0 if there is none."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None, 0
+    return (stat.st_dev, stat.st_ino), stat.st_size
 
 
 def close_each(connections: Iterable[sqlite3.Connection | None]) -> None:
@@ -1208,7 +1206,7 @@ class Statistics:
     """Counts of this process. To count takes no lock: each thread has counts of its own, and one at a time commits."""
 
     def __init__(self, streams: Iterable[str]):
-        # By thread; then by stream and status. Those that there are alerts for begin with 0.
+        # By thread, then by stream and status. Statuses that have an alert begin with 0.
         zeros = {(stream, status): 0 for stream in streams for status in (201, 503, 507)}
         self._counts: dict[int, dict[tuple[str, int], int]] = {0: zeros}
         self._commit_s, self._group_sizes = dict.fromkeys(COMMIT_S, 0), dict.fromkeys(GROUP_SIZES, 0)
@@ -1262,10 +1260,9 @@ class Statistics:
         ]
 
     def _answers(self) -> dict[tuple[str, int], int]:
-        total: dict[tuple[str, int], int] = {}
+        total: Counter[tuple[str, int]] = Counter()
         for counts in self._counts.copy().values():
-            for key, count in counts.copy().items():
-                total[key] = total.get(key, 0) + count
+            total.update(counts.copy())
         return total
 
     def _log(self, refusal: str) -> None:
@@ -1321,18 +1318,18 @@ class Client:
 class Scheme(NamedTuple):
     """How a sender signs a message with HMAC-SHA256. Headers have their names in WSGI."""
 
-    header: str  # that has signatures
+    signature_header: str  # that has signatures
     signature: str  # the pattern of one of them
     encode: Callable[[bytes], bytes]  # how it is written
-    signed: str  # what is signed before the body: time is that of the signature, id is the delivery's
+    signed_prefix: str  # before the body: {time} is that of the signature, {id} is that of the delivery
     time: tuple[str, str] | None  # a header and a pattern
-    key: str | None  # the header that names the delivery; None: the body's member id
-    made: str  # what our secrets begin with
+    delivery_header: str | None  # the header that names the delivery; None: the body's member id
+    secret_prefix: str  # what our secrets begin with
 
-    def secret(self, text: str) -> bytes:
-        """Return the key of a secret as it is shown to people; ValueError if that cannot be."""
-        if self.made:
-            return base64.b64decode(text.removeprefix(self.made), validate=True)
+    def hmac_key(self, text: str) -> bytes:
+        """Return the HMAC key in the text of a secret; ValueError if it is malformed."""
+        if self.secret_prefix:
+            return base64.b64decode(text.removeprefix(self.secret_prefix), validate=True)
         return text.encode()
 
 
@@ -1360,15 +1357,15 @@ class Clients:
         self._database = store.database
         self._streams = {stream.name for stream in store.schema.streams.values() if stream.takes}
         self._statistics = store.statistics
-        self._cors = cors
+        self._origins = cors.split(",") if cors else []
         self._by_digest: dict[str, Client] = {}
         self._signers: dict[str, list[tuple[bytes, Client]]] = {}  # secrets by the name of the scheme
         self._read_at = self._missed_at = -CLIENTS_REFRESH_S
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        origin_is_known = req.env.get("HTTP_ORIGIN", "-") in self._cors.split(",")
-        preflight = origin_is_known and req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
+        is_known = req.env.get("HTTP_ORIGIN") in self._origins
+        preflight = is_known and req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
         if req.path == "/healthz" or preflight:
             return
         req.context.client = req.env.get("inlet.client") or self.authenticate(req.env, req.method)
@@ -1382,7 +1379,7 @@ class Clients:
             stream = resource.stream.name if isinstance(resource, ViewResource) else ""
             client = context.client.name if context.get("client") else ""
             self._statistics.answered(stream, resp.status_code, client, context.get("detail", ""), req.path)
-            if self._cors:
+            if self._origins:
                 resp.append_header("Vary", "Origin")
 
     def authenticate(self, headers: dict[str, Any], method: str) -> Client | None:
@@ -1424,8 +1421,8 @@ class Clients:
         """
         name = scheme_of(headers)
         scheme = SCHEMES[name]
-        given = [text.encode("latin-1") for text in re.findall(scheme.signature, headers[scheme.header])]
-        delivery, signed_at = headers.get(scheme.key, ""), ""
+        given = [text.encode("latin-1") for text in re.findall(scheme.signature, headers[scheme.signature_header])]
+        delivery, signed_at = headers.get(scheme.delivery_header, ""), ""
         if scheme.time:
             header, pattern = scheme.time
             found = re.search(pattern, headers.get(header, ""), re.ASCII)
@@ -1433,17 +1430,16 @@ class Clients:
             if abs(time.time() - int(signed_at)) > SIGNED_WITHIN_S:
                 detail = f"The signature has no time, or one that is not within {SIGNED_WITHIN_S} s of now."
                 raise Problem(401, detail, CHALLENGE)
-        signed = scheme.signed.format(id=delivery, time=signed_at).encode("latin-1") + body
-        for secret, client in (
-            self._signers.get(name, ()) if given and (delivery or "{id}" not in scheme.signed) else ()
-        ):
-            expected = scheme.encode(hmac.digest(secret, signed, "sha256"))
-            if any(hmac.compare_digest(expected, signature) for signature in given[:MOST_SIGNATURES]):
-                return client, scheme
+        signed = scheme.signed_prefix.format(id=delivery, time=signed_at).encode("latin-1") + body
+        if given and (delivery or "{id}" not in scheme.signed_prefix):
+            for secret, client in self._signers.get(name, ()):
+                expected = scheme.encode(hmac.digest(secret, signed, "sha256"))
+                if any(hmac.compare_digest(expected, signature) for signature in given[:MOST_SIGNATURES]):
+                    return client, scheme
         raise Problem(401, f"The signature ({name}) is not valid here.", CHALLENGE)
 
     def read(self) -> Exception | None:
-        """Read the clients table again. An error is returned, and lets nobody come in until the next try works."""
+        """Read the clients table again. Returns the error, if any; then nobody gets in until a read works."""
         by_digest, signers, self._failure = {}, {}, None
         try:
             with self._database.reader() as db:
@@ -1454,7 +1450,7 @@ class Clients:
                     by_digest[digest] = client
                 elif signs in SCHEMES:  # others come from a newer version
                     with contextlib.suppress(ValueError):
-                        signers.setdefault(signs, []).append((SCHEMES[signs].secret(secret), client))
+                        signers.setdefault(signs, []).append((SCHEMES[signs].hmac_key(secret), client))
             self._by_digest, self._signers = by_digest, signers
         except (sqlite3.Error, OSError) as error:
             log.error("the clients cannot be read: %s", error)
@@ -1465,28 +1461,26 @@ class Clients:
 
 def scheme_of(headers: dict[str, Any]) -> str | None:
     """Return the name of the scheme by which a request with these headers is signed, or None."""
-    return next((name for name, scheme in SCHEMES.items() if scheme.header in headers), None)
+    return next((name for name, scheme in SCHEMES.items() if scheme.signature_header in headers), None)
 
 
 def make_clients(db: sqlite3.Connection) -> None:
     """Make the clients table, or bring an older one up to date."""
     old = columns_of(db, "clients")
-    if old and "signs" not in old:
-        others = schema_objects(db).values()
-        users = [
-            str(o)
-            for o in others
-            if re.search(r"references \W?clients\b|^create trigger .* on clients\b", plain(o.sql))
-        ]
-        if users := users + sorted(old.keys() - {"name", "token", "can"}):
+    if "signs" in old:
+        return
+    if old:
+        uses_it = re.compile(r"references \W?clients\b|^create trigger .* on clients\b")
+        users = [str(each) for each in schema_objects(db).values() if uses_it.search(plain(each.sql))]
+        users += sorted(old.keys() - {"name", "token", "can"})
+        if users:
             raise SetupError(
                 f"the table clients belongs to the service, but {users[0]} uses it: move that elsewhere first"
             )
         db.execute('CREATE TEMP TABLE "old clients" AS SELECT c.name, c.token, c.can FROM main.clients AS c')
         db.execute("DROP TABLE clients")
-    if "signs" not in old:
-        db.execute(CLIENTS_TABLE)
-    if old and "signs" not in old:
+    db.execute(CLIENTS_TABLE)
+    if old:
         db.execute('INSERT INTO clients (name, token, can) SELECT o.name, o.token, o.can FROM temp."old clients" AS o')
 
 
@@ -1670,7 +1664,7 @@ def id_in(text: str) -> str:
 
 
 def delivery_key(delivery: str) -> str | None:
-    """Return the key for what a signed sender calls its delivery: its digest, if that is no key; None for nothing."""
+    """Return the key for a delivery id: the id, or its digest if it is not a valid key, or None if it is empty."""
     return delivery if re.fullmatch(KEY, delivery) else digest_of(delivery) if delivery else None
 
 
@@ -1779,13 +1773,11 @@ class ViewResource:
         texts, size, more = [], 0, False
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
             for row in self._store.page(stream, after, limit + (not stream.has_ids), filters, abandoned):
-                if more := not stream.has_ids and (len(texts) == limit or size >= PAGE_BYTES):
+                if more := len(texts) == limit or size >= PAGE_BYTES:
                     break
                 texts.append(envelope(row) if stream.has_ids else report_row(stream.fields, row))
                 size += len(texts[-1])
                 after = row[0]
-                if size >= PAGE_BYTES and stream.has_ids:
-                    break
         name, tail = b"rows", b', "more": true' if more else b""
         if stream.has_ids:
             query = {"after": after} | ({} if limit == DEFAULT_PAGE else {"limit": limit}) | filters
@@ -1832,7 +1824,7 @@ class StreamResource(ViewResource):
         data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
         texts = json_texts(data, batch)
         if scheme:
-            key = delivery_key(environ.get(scheme.key, "") if scheme.key else id_in(texts[0]))
+            key = delivery_key(environ.get(scheme.delivery_header, "") if scheme.delivery_header else id_in(texts[0]))
         else:
             key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY"))
         headers = (kept_headers(environ, len(texts)),) if stream.has_headers else ()
@@ -1991,7 +1983,7 @@ IDLE_S = 120  # after which a connection without a running request is closed
 MAX_HEAD_BYTES = 16_384
 SMALL_BYTES = 16_384  # bodies and answers up to this size are not counted
 BODIES_BYTES = 64 * 1024 * 1024  # the limit for the sum of the larger bodies that are on their way
-UNSENT_BYTES = 64 * 1024 * 1024  # of answers; over it, the client that has not read for the longest time has to go
+UNSENT_BYTES = 64 * 1024 * 1024  # of answers; above it, the client that has not read for longest is closed
 DISCARDED_BYTES = 64 * 1024 * 1024  # read after a refusal, for a client that has to send all before it reads why
 GATHER_S = 0.010  # the longest that a message waits for other people's requests before its COMMIT begins
 STUCK_S = 0.020  # after this time in a COMMIT, the other thread becomes the loop
@@ -2026,11 +2018,11 @@ class Server:
         self._reads: SimpleQueue[Request] = SimpleQueue()
         self._probes: SimpleQueue[Request] = SimpleQueue()  # of /healthz and /metrics, which must not wait for reads
         self._answered: deque[Request] = deque()
-        self._called = False  # has the loop been woken since it last looked?
-        self._loop = 0  # the thread that is the loop
+        self._wake_pending = False  # has the loop been woken since it last looked?
+        self._loop_thread = 0  # the thread that is the loop
         self._write_began = 0.0  # 0 while the loop does not write
-        self._change = threading.Lock()  # for both
-        self._busy = threading.Event()  # there was a write since the thread that stands by last looked
+        self._loop_lock = threading.Lock()  # for both
+        self._write_seen = threading.Event()  # there was a write since the thread that stands by last looked
         self._drained_at = 0.0
         self._ended = threading.Event()
         self._listeners = listeners(self)
@@ -2059,13 +2051,13 @@ class Server:
     def finish(self, request: "Request") -> None:
         """Take a request that has its answer. Any thread may call this."""
         self._answered.append(request)
-        if threading.get_ident() != self._loop and not self._called:
+        if threading.get_ident() != self._loop_thread and not self._wake_pending:
             self.wake()
 
     def require_room(self, request: "Request") -> None:
         """Raise Problem if a request holds many bytes of its body, and all together hold too many.
 
-        Those who have not shown yet who they are have a limit of their own.
+        Requests without a known client have a limit of their own.
         """
         if request.held > SMALL_BYTES:
             all_requests = [each.request for each in self.connections() if each.request]
@@ -2098,13 +2090,13 @@ class Server:
 
     def _take_turns(self) -> None:
         me = threading.get_ident()
-        with self._change:
-            self._loop = self._loop or me
+        with self._loop_lock:
+            self._loop_thread = self._loop_thread or me
         while not self._ended.is_set():
-            run_safely(self._turn if self._loop == me else self._stand_by)
+            run_safely(self._turn if self._loop_thread == me else self._stand_by)
 
     def _turn(self) -> None:
-        self._called = False
+        self._wake_pending = False
         self._send_answers()
         poll2(0.0 if self._posts or self._slow_posts else 0.1 if self.stopping else 1.0, self.sockets)
         if self.stopping:
@@ -2126,23 +2118,23 @@ class Server:
 
     def _write(self) -> None:
         self._write_began = time.monotonic()
-        if not self._busy.is_set():
-            self._busy.set()
+        if not self._write_seen.is_set():
+            self._write_seen.set()
         self.store.write()
-        with self._change:
-            if self._loop == threading.get_ident():
+        with self._loop_lock:
+            if self._loop_thread == threading.get_ident():
                 self._write_began = 0.0
 
     def _stand_by(self) -> None:
         """Become the loop if the thread that is the loop takes too long to write."""
-        self._busy.wait()
-        self._busy.clear()
+        self._write_seen.wait()
+        self._write_seen.clear()
         time.sleep(STUCK_S)
-        with self._change:
+        with self._loop_lock:
             if self._write_began:
-                self._busy.set()
+                self._write_seen.set()
                 if time.monotonic() > self._write_began + STUCK_S:
-                    self._loop, self._write_began = threading.get_ident(), 0.0
+                    self._loop_thread, self._write_began = threading.get_ident(), 0.0
 
     def _drain(self) -> None:
         """Take no more connections, and end when the requests in flight have their answers, or after DRAIN_S."""
@@ -2161,7 +2153,7 @@ class Server:
 
     def wake(self) -> None:
         """Let the loop begin a turn. Any thread may call this."""
-        self._called = True
+        self._wake_pending = True
         self._listeners[0].trigger.pull_trigger()
 
 
@@ -2213,7 +2205,7 @@ def listeners(server: Server) -> list[BaseWSGIServer]:
     found = [each for each in server.sockets.values() if isinstance(each, BaseWSGIServer)]
     for listener in found:
         listener.maintenance = server.look_after
-        listener.handle_accept = lambda listener=listener: accept_all(listener)
+        listener.handle_accept = partial(accept_all, listener)
     return found
 
 
@@ -2277,9 +2269,9 @@ class Connection(dispatcher):
             self._ended = True
         elif not self._lingers:
             self._input += data
-            self._understand()
+            self._parse_input()
 
-    def _understand(self) -> None:
+    def _parse_input(self) -> None:
         """Read a request as far as it has come, and let it be run when it is whole."""
         try:
             if not self.request and not self._read_head():
@@ -2300,7 +2292,7 @@ class Connection(dispatcher):
             self.request = self.request or Request(self)
             self.request.keeps_alive, self.request.body, self.request.held = False, None, 0
             self.request.answer = problem.answer()
-            self.request.note(problem)
+            self.request.count_refusal(problem)
             self.answer(self.request)
 
     def _read_head(self) -> bool:
@@ -2327,7 +2319,7 @@ class Connection(dispatcher):
     def answer(self, request: "Request") -> None:
         """Send the answer of a request, then read the next one. After the last one, close for sending, but read on.
 
-        To close on a client that still sends would take the answer from it.
+        To close while the client still sends could destroy its answer.
         """
         if not self.connected or request is not self.request:
             return
@@ -2336,13 +2328,13 @@ class Connection(dispatcher):
         lines = [f"HTTP/1.1 {status}"]
         lines += [f"{name.title()}: {value}" for name, value in [*headers, *request.more_headers]]
         lines += ["Server: Inlet", f"Date: {http_date(int(time.time()), usegmt=True)}"]
-        if request.method != "HEAD":
+        if request.method == "HEAD":
+            content = b""
+        else:
             lines.append(f"Content-Length: {len(content)}")
         if self._lingers or request.version == "1.0":
             lines.append("Connection: close" if self._lingers else "Connection: keep-alive")
         self.request, self.running = None, False
-        if request.method == "HEAD":
-            content = b""
         if len(content) > SMALL_BYTES:
             self.server.make_room()
         self.output += "\r\n".join([*lines, "", ""]).encode("latin-1")
@@ -2366,7 +2358,7 @@ class Connection(dispatcher):
                 with contextlib.suppress(OSError):
                     self.socket.shutdown(socket.SHUT_WR)
             elif self._input and not self.request:
-                self._understand()
+                self._parse_input()
 
     def close(self) -> None:
         super().close()
@@ -2473,8 +2465,8 @@ class Request:
         """Return the environment of WSGI (PEP 3333), with what is known of the request."""
         connection, path = self.connection, self.path
         prefix = connection.server.settings.prefix
-        if prefix and (path + "/").startswith(prefix + "/"):
-            path = path[len(prefix) :]
+        if (path + "/").startswith(prefix + "/"):
+            path = path.removeprefix(prefix)
         environ = {
             "REQUEST_METHOD": self.method,
             "SCRIPT_NAME": prefix,
@@ -2495,7 +2487,7 @@ class Request:
             "inlet.is_abandoned": connection.is_abandoned,
             "inlet.put": self.put,
         }
-        if time.monotonic() < self.admitted_at + 0.1:
+        if time.monotonic() < self.admitted_at + 0.1:  # the token of a slow upload may have been removed meanwhile
             environ["inlet.client"] = self.client
         return environ | self.headers
 
@@ -2503,14 +2495,14 @@ class Request:
         """Put a message into the queue of the store. Its result is the answer."""
         self.body, self.held = None, sum(map(sys.getsizeof, entry.bodies))
         self.connection.server.require_room(self)
-        self.is_put, self.entry, self.url, entry.then = True, entry, url, self.go_on
+        self.is_put, self.entry, self.url, entry.then = True, entry, url, self.entry_changed
         self.connection.server.store.put(entry)
 
-    def note(self, problem: Problem) -> None:
+    def count_refusal(self, problem: Problem) -> None:
         """Count a refusal that the app has not seen, and let pages of other origins read it."""
-        path, origin = self.path, self.headers.get("HTTP_ORIGIN", "-")
+        path, origin = self.path, self.headers.get("HTTP_ORIGIN")
         server = self.connection.server
-        if origin in server.settings.cors.split(","):
+        if origin and origin in server.settings.cors.split(","):
             self.more_headers = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
         stream = path[1:] if path[1:] in server.store.schema.streams else ""
         client = self.client.name if self.client else ""
@@ -2523,7 +2515,7 @@ class Request:
         self.answer = storage_problem(TimeoutError()).answer()
         self.connection.answer(self)
 
-    def go_on(self, entry: Entry) -> None:
+    def entry_changed(self, entry: Entry) -> None:
         """Take note that the entry has its result, or that nobody writes. The store calls this in any thread."""
         if entry.result and self.entry:
             self.entry = None  # else the two would refer to each other
@@ -2633,7 +2625,7 @@ class Migration:
                 left = f"the table {each.name} is not in the schema and holds {count} messages"
                 raise SetupError(f"{left}: put it back, or drop it by hand")
             self._drop_keeping_used_ids(each.name)
-        for key, each in old.items():  # what is made again later: on a table that is rebuilt, changed, or gone
+        for key, each in old.items():  # drop what is gone, changed, or on a rebuilt table; made again below
             changed = each in gone or (key in new and not new[key].same_as(each))
             if each.kind != "table" and (changed or each.table in rebuilt):
                 self._db.execute(f"DROP {each.kind} IF EXISTS {quoted(each.name)}")  # a view takes its triggers along
@@ -2749,7 +2741,7 @@ def backup(path: Path, target: Path, replace: bool = False) -> None:
     if not path.is_file():
         raise SetupError(f"there is no database {path}")
     try:
-        fd, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".partial", dir=target.absolute().parent)
+        fd, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent)
         os.close(fd)
         os.chmod(name, path.stat().st_mode)
     except OSError as error:
@@ -2763,7 +2755,7 @@ def backup(path: Path, target: Path, replace: bool = False) -> None:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         partial.replace(target) if replace else os.link(partial, target)  # which fails if it has been made meanwhile
-        sync_directory(target.absolute().parent)
+        sync_directory(target.parent)
     except FileExistsError:
         raise taken from None
     finally:
@@ -2827,12 +2819,10 @@ def main(arguments: list[str] | None = None) -> int:
             case []:
                 serve(settings)
             case ["client", *words]:
-                keep_clients(settings.database, words, options)
+                client_command(settings.database, words, options)
             case ["migrate"]:
-                for change in migrate(settings.database, read_schema(settings.schema)) or [
-                    "no table had changed; the INSERTs in the file were run"
-                ]:
-                    print(change)
+                changes = migrate(settings.database, read_schema(settings.schema))
+                print("\n".join(changes or ["no table had changed; the INSERTs in the file were run"]))
             case ["backup", path]:
                 backup(settings.database, Path(path), options.replace)
             case words:
@@ -2887,7 +2877,7 @@ curl -i {to} -H "Authorization: Bearer {token}" -H "Content-Type: application/js
 """
 
 
-def keep_clients(database: Path, words: list[str], options: argparse.Namespace) -> None:
+def client_command(database: Path, words: list[str], options: argparse.Namespace) -> None:
     """List the clients, or add or remove one, whatever schema.sql looks like; SetupError if that makes no sense."""
     with alone(database) as db:
         db.execute("BEGIN IMMEDIATE")
@@ -2930,15 +2920,15 @@ def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -
         raise SetupError("--secret is for a sender with --signs")
     if options.signs:
         scheme = SCHEMES[options.signs]
-        secret = scheme.made + base64.b64encode(secrets.token_bytes(32)).decode()
+        secret = scheme.secret_prefix + base64.b64encode(secrets.token_bytes(32)).decode()
         secret = sys.stdin.readline().strip() if options.secret else secret
         try:
-            long_enough = len(scheme.secret(secret)) >= SHORTEST_SECRET
+            long_enough = len(scheme.hmac_key(secret)) >= SHORTEST_SECRET
         except ValueError:
             long_enough = False
         if not long_enough:
             raise SetupError(f"this is not a secret of the scheme {options.signs}")
-    # A version before this one takes what has this digest for a token: so it is not that of a secret.
+    # Older versions would accept the secret as a token if this were its plain digest.
     digest = digest_of(f"{options.signs} {secret}" if options.signs else secret)
     row = (name, digest, " ".join(can), utc_now(), options.signs, secret if options.signs else None)
     if not db.execute(ADD_CLIENT, row).rowcount:

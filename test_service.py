@@ -1837,10 +1837,12 @@ def test_pages_of_other_origins_may_use_it_if_they_are_named(server_with, store)
     assert (status, headers["Access-Control-Allow-Origin"]) == (401, "https://a.example")
     allowed = allowed_server.connect()
     assert send(allowed, "OPTIONS", "/messages", **ask)[0] == 401
-    assert send(allowed, "OPTIONS", "/messages", **ask, **(preflight | {"Origin": "https://c.example"}))[0] == 401
+    for origin in ("https://c.example", "", "null"):
+        assert send(allowed, "OPTIONS", "/messages", **ask, **(preflight | {"Origin": origin}))[0] == 401
     assert send(allowed, "POST", "/messages", "1", Origin="https://c.example")[1]["Access-Control-Allow-Origin"] is None
     none = server_with().connect()
-    assert send(none, "OPTIONS", "/messages", **ask, **preflight)[0] == 401
+    for origin in ("https://a.example", ""):
+        assert send(none, "OPTIONS", "/messages", **ask, **(preflight | {"Origin": origin}))[0] == 401
     assert send(none, "POST", "/messages", "1", **page)[1]["Access-Control-Allow-Origin"] is None
 
 

@@ -52,7 +52,7 @@ def serve_with_inlet(app):
     # What a Server can be made of; each version takes those that its constructor names. An older one wants a store.
     parts = {
         "app": app,
-        "store": types.SimpleNamespace(queue=[]),
+        "store": types.SimpleNamespace(queue=[], statistics=types.SimpleNamespace(tell=lambda: None)),
         "settings": service.Settings(listen=LISTEN),
         "authenticate": lambda *_: None,
     }
