@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import http.client
 import json
+import select
 import socket
 import sqlite3
 import time
@@ -141,7 +142,7 @@ def test_a_thousand_refusals_a_second_do_not_fill_the_log(server, tmp_path):
         send(connection, "POST", "/messages", "no")
     lines = [line for line in server.log.splitlines()[before:] if " INFO " in line]
     counted = sum(int(line.split()[-3]) for line in lines if line.endswith(" more refusals"))
-    named = [line for line in lines if " to 'a\\nb' at /messages: " in line]
+    named = [line for line in lines if " to 'a\\nb' at '/messages': " in line]
     assert len(named) + counted == 2000
     assert len(named) < 200
     assert all(line[:3] == "202" and line.isprintable() for line in server.log.splitlines())
@@ -246,4 +247,6 @@ def test_who_only_pretends_to_sign_takes_no_room_from_those_who_are_known(server
             sock.sendall(unknown.encode() + b"a" * 1_048_500)
         server.wait_until_idle()
         assert send(server.connect(), "POST", "/messages", json.dumps("x" * 500_000))[0] == 201
-        assert all_of(sockets[-1]).startswith(b"HTTP/1.1 503")
+        readable, _, _ = select.select(sockets, [], [], 0)
+        assert len(readable) >= 10  # the limit is 64 MiB
+        assert {sock.recv(12) for sock in readable} == {b"HTTP/1.1 503"}
