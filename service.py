@@ -140,12 +140,12 @@ def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
 class LazyApplication:
     """The app for other servers, made by the first request in a process.
 
-    So importing this module touches no disk, and a server that forks after the import (gunicorn --preload, uWSGI)
-    never shares a connection between processes, which SQLite forbids.
+    So importing this module touches no disk. A server that forks after the import (gunicorn --preload, uWSGI) shares no
+    connection between processes: SQLite forbids that.
     """
 
     def __init__(self) -> None:
-        # By process id. A child keeps its parent's app here: to free it would close what the parent uses.
+        # By process id: a forked child makes an app of its own.
         self._apps: dict[int, falcon.App] = {}
         self._lock = threading.Lock()
         # No fork while the app is made: the child would inherit locks of SQLite that no thread of it releases.
@@ -383,8 +383,8 @@ class Stream:
         if not self.has_ids:
             return "t.*"
         texts = [f"CAST(ifnull(t.{name}, '') AS TEXT)" for name in ("received_at", "client")]
-        casts = [f"CAST(t.{name} AS TEXT)" for name in ("body", "headers")]
-        jsons = [f"iif(json_valid({cast}), {cast}, json_quote({cast}))" for cast in casts][: 1 + self.has_headers]
+        casts = [f"CAST(t.{name} AS TEXT)" for name in (("body", "headers") if self.has_headers else ("body",))]
+        jsons = [f"iif(json_valid({cast}), {cast}, json_quote({cast}))" for cast in casts]
         return f"CAST(t.id AS INTEGER), {', '.join(texts)}, CAST(t.key AS TEXT), {', '.join(jsons)}"
 
     @property
@@ -533,7 +533,7 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
 
 
 def require_route(made: SchemaObject, columns: Iterable[str], parameters: list[str]) -> None:
-    """Raise SetupError if a table or view has a name or a column that cannot stand in a URL of its own."""
+    """Raise SetupError if the name of a table or view cannot be a path, or a column is called like a parameter."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", made.name) or fold(made.name) in RESERVED_NAMES:
         hint = "use letters, digits, _ and -, and no name of the service's"
         raise SetupError(f"{made.kind} {made.name!r} cannot be a route: {hint}")
@@ -780,9 +780,9 @@ class Store:
             deadline = min(waiting.deadline for waiting in self.queue)
         try:
             with self.database.transaction(deadline) as db:
-                received_at = self._clock()
                 with self._mutex:
                     group, self.queue = self.queue, []
+                received_at = self._clock()
                 written = [self._insert(db, entry, received_at) for entry in group]
             results = written
         except (sqlite3.Error, OSError, MemoryError) as error:
@@ -798,10 +798,11 @@ class Store:
             with self._mutex:
                 for entry, result in zip(group, results or [storage_problem(failure) for _ in group], strict=True):
                     entry.result = result
-                    if entry.then:
-                        entry.then(entry)
-                    elif entry.wake and entry.wake.locked():
+                    if entry.wake and entry.wake.locked():
                         entry.wake.release()
+            for entry in group:
+                if entry.then:
+                    run_safely(partial(entry.then, entry))
             if results:
                 new = [each for each in results if isinstance(each, Stored) and not each.replayed]
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
@@ -901,7 +902,7 @@ class Store:
 
         try:
             with self.database.reader(give_up) as db:
-                # SQL can make text out of "\\ud800" that is not UTF-8.
+                # SQL makes text that is not UTF-8 out of a lone surrogate.
                 db.text_factory = str if stream.takes else partial(str, encoding="utf-8", errors="replace")
                 yield from db.execute(sql, values)
         except sqlite3.Error as error:
@@ -911,17 +912,20 @@ class Store:
                 raise Problem(503, "The SQL of this view fails on what is stored; the log says why.") from None
             if name != "SQLITE_INTERRUPT":
                 raise
-            if time.monotonic() - began < READ_TIMEOUT_S:
-                raise Problem(
-                    503, "The read was ended: its client has closed the connection, or the process forks."
-                ) from None
-            detail = f"This read took more than {READ_TIMEOUT_S:.0f} s."
-            for column in filters:
-                plan = f'EXPLAIN QUERY PLAN SELECT 1 FROM "{stream.name}" AS t WHERE {condition(stream, column, "?1")}'
-                with self.database.reader() as db:
-                    if any(step[3].startswith("SCAN") for step in db.execute(plan, ("",))):  # sqlite.org/eqp.html
-                        detail += f" There is no index on {column}."
+            detail = "The read was ended: its client has closed the connection, or the process forks."
+            if time.monotonic() - began >= READ_TIMEOUT_S:
+                detail = self._why_slow(stream, filters)
             raise Problem(503, detail) from None
+
+    def _why_slow(self, stream: Stream, filters: Iterable[str]) -> str:
+        """Return the detail for a read that took too long: which columns of its filters have no index."""
+        detail = f"This read took more than {READ_TIMEOUT_S:.0f} s."
+        for column in filters:
+            plan = f'EXPLAIN QUERY PLAN SELECT 1 FROM "{stream.name}" AS t WHERE {condition(stream, column, "?1")}'
+            with self.database.reader() as db:
+                if any(step[3].startswith("SCAN") for step in db.execute(plan, ("",))):  # sqlite.org/eqp.html
+                    detail += f" There is no index on {column}."
+        return detail
 
     def last_id(self, stream: Stream) -> int | None:
         """Return the last id of a stream, used or deleted, or that of a view; None if it cannot be found in time."""
@@ -1127,9 +1131,9 @@ class Database:
         self._writer = db = connect(self.path, "rw", 1.0)  # never makes a file in place of one that has gone
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA journal_size_limit = {LARGE_WAL_BYTES}")  # what a long reader made grow shrinks after
-        # After a failed fsync the kernel marks the lost pages as clean (https://lwn.net/Articles/752063/), and a WAL
-        # with a hole in it ends there. So what an earlier process left in the WAL goes to the database. If a reader
-        # prevents that, another connection uses the WAL, so it is intact.
+        # After a failed fsync the kernel marks the lost pages as clean: https://lwn.net/Articles/752063/. A WAL with a
+        # hole in it ends there. So what an earlier process left in the WAL goes to the database. If a reader prevents
+        # that, another connection uses the WAL, so it is intact.
         checkpoint(db)
         self._files = tuple(identity_and_size(path)[0] for path in self._paths)
         return db
@@ -1155,7 +1159,7 @@ class Database:
             self._slots.put((db, file))
 
 
-def identity_and_size(path: str) -> tuple[tuple[int, int] | None, int]:
+def identity_and_size(path: str | Path) -> tuple[tuple[int, int] | None, int]:
     """Return (device, inode) of a file and its bytes; None and 0 if there is none."""
     try:
         stat = os.stat(path)
@@ -1293,6 +1297,7 @@ ADD_CLIENT = """INSERT INTO clients (name, token, can, made_at, signs, secret)
 SIGNED_WITHIN_S = 300  # for schemes that sign a time
 SHORTEST_SECRET = 8  # bytes
 MOST_SIGNATURES = 8  # in one header
+SEND_A_TOKEN = "Send a token: Authorization: Bearer TOKEN."
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="inlet", Basic realm="inlet"'}
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="inlet", error="invalid_token", Basic realm="inlet"'}
 
@@ -1312,7 +1317,8 @@ class Client:
         if not (self.can(action, stream) if stream else action in self.grants):
             scope = f"{action}:{stream.name}" if stream else action
             challenge = {"WWW-Authenticate": f'Bearer realm="inlet", error="insufficient_scope", scope="{scope}"'}
-            raise Problem(403, f"This client lacks the grant {scope}.", challenge)
+            members = {"stream": stream.name} if stream else {}
+            raise Problem(403, f"This client lacks the grant {scope}.", challenge, **members)
 
 
 class Scheme(NamedTuple):
@@ -1370,7 +1376,7 @@ class Clients:
             return
         req.context.client = req.env.get("inlet.client") or self.authenticate(req.env, req.method)
         if req.context.client is None and req.path[1:] not in self._streams:  # or a stranger would learn what there is
-            raise Problem(401, "Send a token: Authorization: Bearer TOKEN.", CHALLENGE)
+            raise Problem(401, SEND_A_TOKEN, CHALLENGE)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
         """Count the answer, unless it is given later."""
@@ -1396,7 +1402,7 @@ class Clients:
         if not authorization:
             if method == "POST" and scheme_of(headers) in self._signers:
                 return None
-            hint = "Send a token: Authorization: Bearer TOKEN."
+            hint = SEND_A_TOKEN
             if "mod_wsgi.version" in headers:
                 hint += " If you did: Apache has kept it to itself, and needs WSGIPassAuthorization On."
             raise Problem(401, hint, CHALLENGE)
@@ -1455,7 +1461,9 @@ class Clients:
         except (sqlite3.Error, OSError) as error:
             log.error("the clients cannot be read: %s", error)
             self._failure = error
-        self._read_at = time.monotonic() - (CLIENTS_REFRESH_S - CLIENTS_RETRY_S) * bool(self._failure)
+        self._read_at = time.monotonic()
+        if self._failure:  # the next try comes after CLIENTS_RETRY_S
+            self._read_at += CLIENTS_RETRY_S - CLIENTS_REFRESH_S
         return self._failure
 
 
@@ -1736,9 +1744,9 @@ def report_row(names: Iterable[str], row: tuple) -> bytes:
     return f"{{{', '.join(members)}}}".encode()
 
 
-def link(req: falcon.Request, *path: str | int) -> str:
-    """Return a path below the one that the app is mounted under."""
-    return "/".join([quote(req.root_path) if req.root_path else "", *map(str, path)])
+def link(req: falcon.Request, name: str) -> str:
+    """Return the path of a stream or view, below the one that the app is mounted under."""
+    return f"{quote(req.root_path)}/{name}"
 
 
 def answer_to(entry: Entry, url: str) -> Answer:
@@ -1849,7 +1857,8 @@ class RootResource:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         streams, views = {}, {}
         for name, stream in self._store.schema.streams.items():
-            can = [action for action in ("write", "read")[not stream.takes :] if req.context.client.can(action, stream)]
+            actions = ("write", "read") if stream.takes else ("read",)
+            can = [action for action in actions if req.context.client.can(action, stream)]
             if can:
                 found = {"href": link(req, name), "can": can, "fields": list(stream.fields)}
                 if stream.has_ids:
@@ -1923,18 +1932,17 @@ class MetricsResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.client.require("read")
-        store, wal = self._store, Path(f"{self._store.database.path}-wal")
+        store, path = self._store, self._store.database.path
         used = resource.getrusage(resource.RUSAGE_SELF)
-        messages = [
-            ({"stream": each.name}, store.last_id(each)) for each in store.schema.streams.values() if each.takes
-        ]
+        last_ids = {each.name: store.last_id(each) for each in store.schema.streams.values() if each.takes}
+        messages = [({"stream": name}, last_id) for name, last_id in last_ids.items() if last_id is not None]
         about = {"version": __version__, "sqlite": sqlite3.sqlite_version, "python": platform.python_version()}
         families = [
             ("build_info", "gauge", "The versions that run.", [(about, 1)]),
             ("messages_total", "counter", "Messages that were stored, by all processes.", messages),
             ("waiting", "gauge", "Messages that wait for a COMMIT.", [({}, len(store.queue))]),
-            ("database_bytes", "gauge", "The size of the database.", [({}, store.database.path.stat().st_size)]),
-            ("wal_bytes", "gauge", "The size of its WAL.", [({}, wal.stat().st_size if wal.exists() else 0)]),
+            ("database_bytes", "gauge", "The size of the database.", [({}, identity_and_size(path)[1])]),
+            ("wal_bytes", "gauge", "The size of its WAL.", [({}, identity_and_size(f"{path}-wal")[1])]),
             *store.statistics.families(),
         ]
         process = [
@@ -2001,9 +2009,9 @@ class Server:
 
     A thread for each request would cost two thread switches a message, and a fight for the GIL at each row.
 
-    Two threads take turns: one is the loop, and the other stands by. When a write takes longer than STUCK_S (a slow
-    disk, a lock that somebody holds), the one that stands by becomes the loop, so that no write stops a read. The other
-    stands by when its write has ended. GETs have threads of their own. Only the loop touches connections.
+    Two threads take turns: one is the loop, and the other stands by. A write can take longer than STUCK_S: the disk is
+    slow, or somebody holds the lock. Then the thread that stands by becomes the loop: no write stops a read. The other
+    one stands by when its write has ended. GETs have threads of their own. Only the loop touches connections.
     """
 
     def __init__(self, app: Callable, settings: Settings, store: Store, authenticate: Callable[..., Client | None]):
@@ -2027,6 +2035,17 @@ class Server:
         self._ended = threading.Event()
         self._listeners = listeners(self)
         self.port = self._listeners[0].effective_port  # which the system has chosen if 0 was asked for
+        self.environ = {  # what all requests have in common: PEP 3333
+            "SCRIPT_NAME": settings.prefix,
+            "SERVER_NAME": "localhost",
+            "SERVER_PORT": str(self.port),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
 
     def run(self) -> None:
         """Serve until one of STOP_SIGNALS comes, which all threads have to block; let the requests in flight finish."""
@@ -2225,7 +2244,7 @@ def accept_all(listener: BaseWSGIServer) -> None:
 class Connection(dispatcher):
     """A client's connection. Its requests are run one after the other; while one is run, nothing more is read.
 
-    In waitress's own class threads share buffers, an answer over 1 MiB is a temporary file, and over 16 MiB a thread
+    In waitress's own class, threads share buffers. An answer over 1 MiB becomes a temporary file. Over 16 MiB, a thread
     waits for the client.
     """
 
@@ -2467,22 +2486,13 @@ class Request:
         prefix = connection.server.settings.prefix
         if (path + "/").startswith(prefix + "/"):
             path = path.removeprefix(prefix)
-        environ = {
+        environ = connection.server.environ | {
             "REQUEST_METHOD": self.method,
-            "SCRIPT_NAME": prefix,
             "PATH_INFO": path,
             "QUERY_STRING": self.query,
-            "SERVER_NAME": "localhost",
-            "SERVER_PORT": str(connection.server.port),
             "SERVER_PROTOCOL": f"HTTP/{self.version}",
             "REMOTE_ADDR": connection.address,
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
             "wsgi.input": self.body.content if self.body else io.BytesIO(),
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
             "inlet.arrived_at": self.arrived_at,
             "inlet.is_abandoned": connection.is_abandoned,
             "inlet.put": self.put,
@@ -2510,9 +2520,12 @@ class Request:
 
     def give_up(self) -> None:
         """Answer that the outcome is unknown. Only the loop calls this."""
+        problem = storage_problem(TimeoutError())
         if self.entry:
             self.connection.server.store.withdraw(self.entry)
-        self.answer = storage_problem(TimeoutError()).answer()
+            self.entry = None
+        self.answer = problem.answer()
+        self.count_refusal(problem)
         self.connection.answer(self)
 
     def entry_changed(self, entry: Entry) -> None:

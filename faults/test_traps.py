@@ -450,5 +450,9 @@ def test_a_sync_that_hangs_is_503_in_time_for_all_who_wait(tmp_path):
             thread.join()
         assert {status for status, _ in answers} == {503}
         assert {seconds for _, seconds in answers} <= {10, 11}
+        metrics = send(server.connect(), "GET", "/metrics")[2].decode()
+        assert (
+            'inlet_requests_total{stream="messages",status="503"} 4' in metrics
+        )  # the alert does not wait for the disk
     assert server.end() == 0
     assert sql(tmp_path / "inlet.db", "SELECT count(*) = count(DISTINCT key) FROM messages") == [(1,)]
