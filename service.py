@@ -802,7 +802,7 @@ class Store:
                         entry.wake.release()
             for entry in group:
                 if entry.then:
-                    run_safely(partial(entry.then, entry))
+                    run_safely(entry.then, entry)
             if results:
                 new = [each for each in results if isinstance(each, Stored) and not each.replayed]
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
@@ -1224,7 +1224,6 @@ class Statistics:
         """Count an answer; if it is a refusal, let the log say so."""
         counts = self._counts.setdefault(threading.get_ident(), {})
         counts[stream, status] = counts.get((stream, status), 0) + 1
-        self.tell()
         if status >= 400:
             self._log(f"{status} to {client!r} at {path or '/' + stream!r}: {detail!r}")
 
@@ -1370,9 +1369,8 @@ class Clients:
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        is_known = req.env.get("HTTP_ORIGIN") in self._origins
-        preflight = is_known and req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
-        if req.path == "/healthz" or preflight:
+        preflight = req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
+        if req.path == "/healthz" or (preflight and req.env.get("HTTP_ORIGIN") in self._origins):
             return
         req.context.client = req.env.get("inlet.client") or self.authenticate(req.env, req.method)
         if req.context.client is None and req.path[1:] not in self._streams:  # or a stranger would learn what there is
@@ -1385,6 +1383,7 @@ class Clients:
             stream = resource.stream.name if isinstance(resource, ViewResource) else ""
             client = context.client.name if context.get("client") else ""
             self._statistics.answered(stream, resp.status_code, client, context.get("detail", ""), req.path)
+            self._statistics.tell()
             if self._origins:
                 resp.append_header("Vary", "Origin")
 
@@ -2176,10 +2175,10 @@ class Server:
         self._listeners[0].trigger.pull_trigger()
 
 
-def run_safely(work: Callable[[], Any]) -> None:
+def run_safely(work: Callable, *arguments: Any) -> None:
     """Run something for a thread that has to go on whatever happens: without it the service would only look alive."""
     try:
-        work()
+        work(*arguments)
     except Exception:
         with contextlib.suppress(Exception):  # there may be no memory left to say so
             log.exception("the server failed")
