@@ -209,7 +209,7 @@ def test_everybody_has_a_503_within_ten_seconds_of_arriving_at_a_locked_database
         Ledger(server.connect).must_answer(2)
 
 
-SLOW = stream_sql("messages", ", slow TEXT AS (body ->> 'n' || printf('%.*c', 20000, 'x'))")
+SLOW = stream_sql("messages", ", slow TEXT AS (body ->> 'n' || printf('%.*c', 60000, 'x'))")
 ROWS = """
     WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1500000)
     INSERT INTO messages (received_at, client, body)
