@@ -75,6 +75,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import formatdate
@@ -83,7 +84,7 @@ from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
 from pathlib import Path
-from queue import LifoQueue, SimpleQueue
+from queue import Empty, LifoQueue, SimpleQueue
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlencode
 
@@ -145,16 +146,17 @@ class LazyApplication:
     """
 
     def __init__(self) -> None:
-        # By process id: a forked child makes an app of its own.
-        self._apps: dict[int, falcon.App] = {}
+        self._apps: dict[int, falcon.App] = {}  # by process id: a forked child makes one of its own
         self._lock = threading.Lock()
         # No fork while the app is made: the child would inherit locks of SQLite that no thread of it releases.
         unlock = self._lock.release
         os.register_at_fork(before=self._lock.acquire, after_in_parent=unlock, after_in_child=unlock)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        process = os.getpid()
         try:
-            app = self._apps.get(os.getpid()) or self._make(environ)
+            with self._lock if process not in self._apps else contextlib.nullcontext():
+                app = self._apps[process] = self._apps.get(process) or self._make(environ)
         except SetupError as error:
             log.critical("%s", error)
             status, headers, content = Problem(503, "The service is not set up; its log says why.").answer()
@@ -168,14 +170,10 @@ class LazyApplication:
 
             if not {"enable-threads", "threads"} & {os.fsdecode(name) for name in uwsgi.opt}:
                 raise SetupError("uWSGI runs no threads of Python: set enable-threads = true")
-        with self._lock:
-            if os.getpid() not in self._apps:
-                settings = settings_from({})
-                store = Store(settings.database, read_schema(settings.schema))
-                store.open()
-                clients = Clients(store, settings.cors)
-                self._apps[os.getpid()] = create_app(store, clients, settings.max_body, settings.cors)
-            return self._apps[os.getpid()]
+        settings = settings_from({})
+        store = Store(settings.database, read_schema(settings.schema))
+        store.open()
+        return create_app(store, Clients(store, settings.cors), settings.max_body, settings.cors)
 
 
 application = LazyApplication()
@@ -649,9 +647,7 @@ class Entry:
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
     line: int = 1  # of the batch: the one that is being inserted
     result: Stored | Problem | None = None
-    then: Callable[["Entry"], None] | None = None  # called with a result, or, without one, to say: call write()
-    wake: Any = None  # for a thread that waits: a lock that is released when there is a result, or when it has to write
-    leads: bool = False  # does this thread write?
+    then: Callable[[], None] = lambda: None  # called when there is a result, or, without one, to say: call write()
 
 
 class Store:
@@ -669,7 +665,7 @@ class Store:
         self.statistics = Statistics([stream.name for stream in schema.streams.values() if stream.takes])
         self._clock = clock
         self._mutex = threading.Lock()  # for the queue, for what follows, and for the results of entries
-        self._writing = False  # is there a thread that writes, or was told to?
+        self._writing = False  # is there a thread that writes?
         # Threads that read pages at once fight for the GIL at every row: four made 110 pages a second, and 200 in turn.
         # A read with a filter can be slow, so it does not take this lock.
         self.page_turn = threading.Lock()
@@ -721,17 +717,16 @@ class Store:
 
         Raises Problem: 4xx when a rule of the schema refused them (nothing is stored), 5xx when the outcome is unknown.
         """
-        with self._mutex:
-            self.queue.append(entry)
-            entry.leads = not self._writing
-            self._writing = True
-            if not entry.leads:
-                entry.wake = threading.Lock()
-                entry.wake.acquire()
-        if entry.wake and not entry.wake.acquire(timeout=max(0.0, entry.deadline - time.monotonic())):
-            self.withdraw(entry)
-        if entry.leads:
-            self._lead(entry)
+        told: SimpleQueue[None] = SimpleQueue()
+        entry.then = partial(told.put, None)
+        self.put(entry)
+        self.write()
+        while entry.result is None:
+            try:
+                told.get(timeout=max(0.0, entry.deadline - time.monotonic()))
+                self.write()
+            except Empty:
+                self.withdraw(entry)
         if isinstance(entry.result, Problem):
             raise entry.result
         return entry.result
@@ -744,34 +739,30 @@ class Store:
     def withdraw(self, entry: Entry) -> None:
         """Give an entry that still waits the result that its outcome is unknown."""
         with self._mutex:
-            if not (entry.result or entry.leads):
-                entry.result = storage_problem(TimeoutError())
-                if entry in self.queue:
-                    self.queue.remove(entry)
+            entry.result = entry.result or storage_problem(TimeoutError())
+            if entry in self.queue:
+                self.queue.remove(entry)
+        self._tell_one()  # for this one may have been told
 
     def write(self) -> None:
-        """Write what is queued, if no other thread does."""
+        """Write what is queued, if no other thread does. What has come meanwhile is left to those who wait for it."""
         with self._mutex:
             if self._writing or not self.queue:
                 return
             self._writing, first = True, self.queue[0]
-        self._lead(first)
-
-    def _lead(self, entry: Entry) -> None:
-        """Write what is queued until this entry has its result, then leave the rest to one that waits."""
         try:
-            while entry.result is None:
+            while first.result is None:
                 self._write_group()
         finally:
-            with self._mutex:
-                heir = next((waiting for waiting in self.queue if waiting.wake), None)
-                self._writing = heir is not None
-                if heir:
-                    heir.leads = True
-                    heir.wake.release()
-                rest = [] if heir else self.queue[:1]
-            for waiting in rest:
-                waiting.then(waiting)
+            self._writing = False
+            self._tell_one()
+
+    def _tell_one(self) -> None:
+        """Tell one that waits to write, if nobody does."""
+        with self._mutex:
+            waiting = [] if self._writing else self.queue[:1]
+        for each in waiting:
+            run_safely(each.then)
 
     def _write_group(self) -> None:
         """Write everything that is queued with one COMMIT. If that fails, all of it fails."""
@@ -798,11 +789,8 @@ class Store:
             with self._mutex:
                 for entry, result in zip(group, results or [storage_problem(failure) for _ in group], strict=True):
                     entry.result = result
-                    if entry.wake and entry.wake.locked():
-                        entry.wake.release()
             for entry in group:
-                if entry.then:
-                    run_safely(entry.then, entry)
+                run_safely(entry.then)
             if results:
                 new = [each for each in results if isinstance(each, Stored) and not each.replayed]
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
@@ -1871,56 +1859,44 @@ class RootResource:
 class HealthResource:
     """/healthz: alive is that this process answers; ready is that a message can be written now.
 
-    One thread writes and syncs a page every second, if there was a request within the last minute. A request gets the
-    last result. It waits only if there is none that is fresh, and only during the first second of a probe.
+    Each second, the first request lets a thread write and sync a page. The others get what it has found. They wait for
+    it only if it has begun within the last second.
     """
 
     EVERY_S = 1.0
-    FRESH_S = 3.0
-    ASKED_WITHIN_S = 60.0
 
     def __init__(self, store: Store, clients: Clients):
         self._store = store
         self._clients = clients
-        self._news = threading.Condition()  # for all that follows
-        self._asked_at = self._began_at = self._seen_at = -self.ASKED_WITHIN_S
-        self._running = False
-        self._seen = ""  # what is wrong
+        self._mutex = threading.Lock()
+        self._began_at = -self.EVERY_S
+        self._found: Future[str] = Future()  # what is wrong
+        self._found.set_result("")
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        with self._news:
-            self._asked_at = time.monotonic()
-            if not self._running:
-                self._began_at = self._asked_at
-                with contextlib.suppress(RuntimeError):  # no thread can be started: whoever asks next tries again
-                    threading.Thread(target=self._probe_while_asked, daemon=True).start()
-                    self._running = True
-            patience_s = max(0.0, self._began_at + self.EVERY_S - self._asked_at)
-            fresh = self._news.wait_for(lambda: time.monotonic() < self._seen_at + self.FRESH_S, patience_s)
-            failure = self._seen if fresh else "A write takes too long."
+        try:
+            with self._mutex:
+                if self._found.done() and time.monotonic() > self._began_at + self.EVERY_S:
+                    found: Future[str] = Future()
+                    threading.Thread(target=self._probe, args=(found,), daemon=True).start()
+                    self._found, self._began_at = found, time.monotonic()
+            failure = self._found.result(max(0.0, self._began_at + self.EVERY_S - time.monotonic()))
+        except (TimeoutError, RuntimeError):  # RuntimeError: there can be no more threads
+            failure = "A write takes too long."
         if failure:
             raise Problem(503, failure, alive=True, ready=False)
         resp.media = {"alive": True, "ready": True}
 
     on_head = on_get
 
-    def _probe_while_asked(self) -> None:
-        asked = True
-        while asked:
-            self._began_at = time.monotonic()
-            seen = ""
-            try:
-                self._store.append(Entry())
-                if self._clients.read():
-                    seen = "The clients cannot be read."
-            except Exception as error:  # whatever it is, this thread must go on, and not say that all is well
-                log.error("not ready: %s: %s", type(error).__name__, error)
-                seen = "The database cannot be written."
-            with self._news:
-                self._seen, self._seen_at = seen, time.monotonic()
-                self._running = asked = self._seen_at < self._asked_at + self.ASKED_WITHIN_S
-                self._news.notify_all()
-            time.sleep(self.EVERY_S)
+    def _probe(self, found: Future[str]) -> None:
+        failure = "The database cannot be written."
+        try:
+            self._store.append(Entry())
+            failure = "The clients cannot be read." if self._clients.read() else ""
+        except Exception as error:  # whatever it is, it must not say that all is well
+            log.error("not ready: %s: %s", type(error).__name__, error)
+        found.set_result(failure)
 
 
 class MetricsResource:
@@ -2527,16 +2503,17 @@ class Request:
         self.count_refusal(problem)
         self.connection.answer(self)
 
-    def entry_changed(self, entry: Entry) -> None:
+    def entry_changed(self) -> None:
         """Take note that the entry has its result, or that nobody writes. The store calls this in any thread."""
-        if entry.result and self.entry:
+        entry = self.entry
+        if entry and entry.result:
             self.entry = None  # else the two would refer to each other
             self.answer = answer_to(entry, self.url)
             detail = entry.result.detail if isinstance(entry.result, Problem) else ""
             statistics = self.connection.server.store.statistics
             statistics.answered(entry.stream.name, int(self.answer[0][:3]), entry.client, detail)
             self.connection.server.finish(self)
-        elif not entry.result:
+        else:
             self.connection.server.wake()
 
 
