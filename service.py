@@ -84,7 +84,7 @@ from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
 from pathlib import Path
-from queue import Empty, LifoQueue, SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlencode
 
@@ -886,7 +886,9 @@ class Store:
 
         def give_up() -> bool:
             taken_s = time.monotonic() - began
-            return taken_s > READ_TIMEOUT_S or (taken_s > 1 and abandoned()) or (taken_s > 0.3 and self.database.forks)
+            return (
+                taken_s > READ_TIMEOUT_S or (taken_s > 1 and abandoned()) or (taken_s > 0.3 and self.database.closing)
+            )
 
         try:
             with self.database.reader(give_up) as db:
@@ -950,7 +952,6 @@ def condition(stream: Stream, column: str, value: str) -> str:
 
 # ==================== The engine: open, commit, query and close one SQLite file =====================
 
-SLOTS = 1024  # more than a server has threads
 LARGE_WAL_BYTES = 16 * 1024 * 1024  # it is about 4 MiB if no reader stays for long
 SQLITE_STEPS = 10_000  # between two looks at the clock: less than 10 ms
 
@@ -1025,51 +1026,49 @@ class Database:
     def __init__(self, path: Path):
         self.path = path.resolve()  # once: the WAL of a symlinked database stands beside the real file
         self._paths = [f"{self.path}{suffix}" for suffix in ("", "-wal", "-shm")]
-        self._start_anew()
-        # A fork waits until no thread is inside of SQLite. Else the child would inherit locks that nobody releases.
-        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
-
-    def _start_anew(self) -> None:
         self._lock: IO | None = None
-        self._in_writer = threading.Lock()  # held while a thread uses the connection that writes
         self._writer: sqlite3.Connection | None = None
         self._files: tuple = ()  # (device, inode) of the database, its WAL and its -shm when the writer opened them
         self._wal_is_large = False
-        self._all_slots_lock, self.forks = threading.Lock(), False
-        # Connections that read, each with its file: one for each thread that reads, opened by its first use.
-        self._slots: LifoQueue[tuple[sqlite3.Connection | None, Any]] = LifoQueue()
-        for _ in range(SLOTS):
-            self._slots.put((None, None))
+        self._readers: list[tuple[sqlite3.Connection, Any]] = []  # that nobody uses, each with its file
+        self._gate = threading.Condition()  # for what follows
+        self._using = 0  # threads that use a connection
+        self.closing = 0  # threads that want all connections closed
+        # A child would inherit locks of SQLite, and files that are locked. So all is closed while a process forks.
+        os.register_at_fork(before=self._close_all, after_in_parent=self._reopen, after_in_child=self._reopen_in_child)
 
-    def _before_fork(self) -> None:
-        self._all_slots_lock.acquire()
-        self.forks = True  # so that slow reads end
-        self._taken = [self._slots.get() for _ in range(SLOTS)]
-        self._in_writer.acquire()
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keep the connections open for a block. It waits while they are closed."""
+        with self._gate:
+            self._gate.wait_for(lambda: not self.closing)
+            self._using += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._using -= 1
+                self._gate.notify_all()
 
-    def _after_fork(self) -> None:
-        self.forks = False
-        for slot in self._taken:
-            self._slots.put(slot)
-        self._in_writer.release()
-        self._all_slots_lock.release()
+    def _close_all(self, using: int = 0) -> None:
+        """Close every connection, when only so many threads use one. Nobody can open one before _reopen()."""
+        self._gate.acquire()
+        self.closing += 1  # so that slow reads end
+        self._gate.wait_for(lambda: self._using == using)
+        close_each([self._writer, *(connection for connection, _ in self._readers)])
+        self._writer, self._readers = None, []
 
-    def _in_child(self) -> None:
-        # SQLite believes that the child has the locks of the parent, as long as one of these connections is open.
-        close_each([self._writer, *(connection for connection, _ in self._taken)])
+    def _reopen(self) -> None:
+        self.closing -= 1
+        self._gate.notify_all()
+        self._gate.release()
+
+    def _reopen_in_child(self) -> None:
+        self.closing = 1  # no other thread is in the child
         if self._lock:  # it would stay locked here when the parent dies
             self._lock.close()
-        self._start_anew()
-
-    def _close_all(self) -> None:
-        """Close every connection, when those in use have come back; BlockingIOError while a fork waits for them."""
-        if not self._all_slots_lock.acquire(blocking=False):
-            raise BlockingIOError
-        close_each([self._writer, *(self._slots.get()[0] for _ in range(SLOTS))])
-        self._writer = None
-        for _ in range(SLOTS):
-            self._slots.put((None, None))
-        self._all_slots_lock.release()
+            self._lock = None
+        self._reopen()
 
     @contextlib.contextmanager
     def transaction(self, deadline: float) -> Iterator[sqlite3.Connection]:
@@ -1079,7 +1078,7 @@ class Database:
         that rolls back, and nothing is committed twice.
         """
         self._lock = self._lock or lock_file(self.path)
-        with locked(self._lock, deadline), self._in_writer:
+        with locked(self._lock, deadline), self._in_use():
             try:
                 db = self._ready_writer(deadline)
                 poll(lambda: db.execute("BEGIN IMMEDIATE"), deadline, "another program")
@@ -1098,6 +1097,7 @@ class Database:
             if self._writer:
                 checkpoint(self._writer)
             self._close_all()
+            self._reopen()
 
     def _ready_writer(self, deadline: float) -> sqlite3.Connection:
         """Return the connection that writes, opened again if it is lost or its files are not the ones on disk."""
@@ -1107,7 +1107,8 @@ class Database:
             if self._files[0] == files[0] and self._files[1] != files[1]:
                 # What is in a WAL that was removed can be saved when nobody reads it.
                 poll(lambda: checkpoint(self._writer, required=True), deadline, "a reader of the removed WAL")
-            poll(self._close_all, deadline, "a fork")  # readers as well, for they share the -shm
+            self._close_all(using=1)  # readers as well, for they share the -shm
+            self._reopen()
         if self._wal_is_large != (sizes[1] > LARGE_WAL_BYTES):
             self._wal_is_large = not self._wal_is_large
             now = "has grown: a reader stays open" if self._wal_is_large else "is small again"
@@ -1133,18 +1134,22 @@ class Database:
     @contextlib.contextmanager
     def reader(self, give_up: Callable[[], bool] | None = None) -> Iterator[sqlite3.Connection]:
         """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
-        db, file = self._slots.get()
-        try:
+        with self._in_use():
+            db, file = None, None
+            with contextlib.suppress(IndexError):
+                db, file = self._readers.pop()
             on_disk, _ = identity_and_size(self._paths[0])
             if file is None or file != on_disk:  # not opened yet, or removed, or replaced
                 db, file = connect(self.path, "ro", BUSY_TIMEOUT_S), on_disk
             db.set_progress_handler(give_up, SQLITE_STEPS)
-            yield db
-        except sqlite3.Error:
-            db, file = None, None
-            raise
-        finally:
-            self._slots.put((db, file))
+            try:
+                yield db
+            except sqlite3.Error:
+                file = None
+                raise
+            finally:
+                if file:
+                    self._readers.append((db, file))
 
 
 def identity_and_size(path: str | Path) -> tuple[tuple[int, int] | None, int]:
