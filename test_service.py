@@ -289,7 +289,6 @@ def append(store, stream, body, key=None):
 def commit_together(store, *entries):
     """Gives all of these one COMMIT, as a server does; returns of each its first id, or the status of its refusal."""
     for each in entries:
-        each.then = id  # anything that takes it
         store.put(each)
     store.write()
     return [getattr(each.result, "status", None) or each.result.first_id for each in entries]

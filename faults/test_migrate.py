@@ -2,11 +2,14 @@
 
 import contextlib
 import hashlib
+import io
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import time
 
+import pytest
 from common import database
 
 from test_service import HERE, MESSAGE_COLUMNS, Process, send
@@ -82,3 +85,32 @@ def test_a_million_messages_come_through_a_migration_and_a_killed_one_changes_no
         status, headers, _ = send(server.connect(), "POST", "/readings", '{"sensor": "x", "value": 1}')
         assert (status, headers["Location"]) == (201, f"/readings/{3 * MESSAGES + 1}")
         assert send(server.connect(), "POST", "/readings", '{"sensor": "x", "value": -1}')[0] == 422
+
+
+@pytest.mark.parametrize("commit", ["508d206", "e7bf191"])  # 1.0.0; the last one without headers, views and signatures
+def test_a_database_of_an_older_version_is_served_with_every_message_key_and_token(commit, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    archive = subprocess.run(["git", "-C", HERE, "archive", commit], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(old, filter="data")
+    new.mkdir()
+    (new / "schema.sql").write_text((HERE / "schema.sql").read_text())
+
+    def ask(process, method, path, body=None, **headers):
+        with contextlib.closing(process.connect()) as connection:
+            status, _, data = send(connection, method, path, body, Authorization=f"Bearer {token}", **headers)
+        return status, data
+
+    class Old(Process):
+        program = (str(old / "service.py"),)
+
+    with contextlib.closing(Old(old)) as process:
+        token = process.printed(4).split()[-1]  # the first start tells it
+        sent = [(str(n), f"key-{n}") for n in range(20)]
+        answers = [ask(process, "POST", "/messages", body, Idempotency_Key=key) for body, key in sent]
+        page = ask(process, "GET", "/messages")
+    (old / "inlet.db").rename(new / "inlet.db")
+    with contextlib.closing(Process(new, "--schema", str(new / "schema.sql"))) as process:
+        assert [ask(process, "POST", "/messages", body, Idempotency_Key=key) for body, key in sent] == answers
+        assert ask(process, "GET", "/messages") == page
+        assert ask(process, "POST", "/messages", "1")[1].startswith(b'{"id": 21,')
