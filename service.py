@@ -17,7 +17,7 @@ ROUTES
     GET  /{stream}       the feed: messages in commit order, ?after=ID&limit=N&FIELD=VALUE
     GET  /{stream}/{id}  one message
     GET  /{view}         the same for a view with the message columns; {"rows": […]} for any other view
-    GET  /               the streams and views that this client may use, and the version
+    GET  /               the streams and views that this client may use, and the version; for a browser, page.html
     GET  /healthz        can a message be written now?  (the one route that needs no token)
     GET  /metrics        how it is doing, for Prometheus
 
@@ -104,6 +104,8 @@ def create_app(store: "Store", clients: "Clients", max_body: int, cors: str = ""
     """Return the WSGI app that serves a store to its clients; cors: origins whose pages may use it, with commas."""
     shown = ["Location", "Link", "Idempotent-Replayed", "Retry-After"]
     middleware = [falcon.CORSMiddleware(cors.split(","), expose_headers=shown)] if cors else []
+    with contextlib.suppress(OSError):  # without the file, / is JSON for everybody
+        middleware.append(Page(Path(__file__).with_name("page.html").read_bytes()))
     app = falcon.App(middleware=[*middleware, clients])
     app.add_route("/", RootResource(store))
     app.add_route("/healthz", HealthResource(store, clients))
@@ -1505,8 +1507,9 @@ LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can wri
 READ_OF_TOO_LARGE = 16 * 1024 * 1024  # bytes
 KEY = r"[!-~]{1,255}"
 LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the square of their number
+JSON = "application/json"
 NDJSON_TYPES = ("application/x-ndjson", "application/jsonl")
-ACCEPTED_TYPES = ["application/json", "application/*+json", *NDJSON_TYPES]
+ACCEPTED_TYPES = [JSON, "application/*+json", *NDJSON_TYPES]
 HEADERS = ("HTTP_", "CONTENT_TYPE", "CONTENT_LENGTH")  # what they begin with in WSGI
 SECRET_HEADER = re.compile("AUTHORI|COOKIE|SIGNATURE|HMAC|TOKEN|SECRET|API_KEY|PASSWORD")  # is never kept
 MOST_HEADERS = 16 * 1024 * 1024  # bytes in all rows of a batch
@@ -1582,7 +1585,7 @@ def json_problem(reason: str, text_before: str, first_line: int = 1) -> Problem:
 
 def is_batch(content_type: str | None) -> bool:
     """Does a Content-Type say one message on each line (NDJSON)? Problem 415 if it does not say JSON in UTF-8."""
-    if content_type == "application/json":  # what nearly all send
+    if content_type == JSON:  # what nearly all send
         return False
     kind, options = falcon.parse_header((content_type or "")[:LONGEST_MEDIA_TYPE])
     batch = kind.lower() in NDJSON_TYPES
@@ -1701,13 +1704,13 @@ def page_from(params: dict[str, str | list[str]], stream: Stream) -> tuple[int, 
     return *numbers, filters
 
 
-def wants_ndjson(req: falcon.Request) -> bool:
-    """Does the client ask for one JSON text on each line?"""
-    if req.accept in ("*/*", "application/json"):
-        return False
+def preferred(req: falcon.Request, *types: str) -> str | None:
+    """Return which media type the client prefers: the first if it does not say, None if it takes none of them."""
+    if req.accept in ("*/*", types[0]):
+        return types[0]
     if len(req.accept) > LONGEST_MEDIA_TYPE:
         raise Problem(400, f"Accept takes at most {LONGEST_MEDIA_TYPE} characters.")
-    return req.client_prefers(("application/json", *NDJSON_TYPES)) in NDJSON_TYPES
+    return req.client_prefers(types)
 
 
 # ==================== Resources =====================================================================
@@ -1746,7 +1749,7 @@ def answer_to(entry: Entry, url: str) -> Answer:
     stored = entry.result
     if isinstance(stored, Problem):
         return stored.answer()
-    headers = [("Content-Type", "application/json")]
+    headers = [("Content-Type", JSON)]
     if stored.replayed:
         headers.append(("Idempotent-Replayed", "true"))
     if entry.batch:
@@ -1768,7 +1771,8 @@ class ViewResource:
         stream = self.stream
         req.context.client.require("read", stream)
         resp.set_header("Vary", "Accept")
-        (after, limit, filters), ndjson = page_from(req.params, stream), wants_ndjson(req)
+        after, limit, filters = page_from(req.params, stream)
+        ndjson = preferred(req, JSON, *NDJSON_TYPES) in NDJSON_TYPES
         abandoned = req.env.get("inlet.is_abandoned", lambda: False)
         texts, size, more = [], 0, False
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
@@ -1840,6 +1844,27 @@ class StreamResource(ViewResource):
             resp.set_headers(headers)
 
 
+class Page:
+    """Falcon middleware: page.html for browsers that ask for /. There is no data in it, so it needs no token."""
+
+    def __init__(self, content: bytes):
+        parts = re.findall(rb"<(?:style|script)>(.*?)</(?:style|script)>", content, re.DOTALL)
+        hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}'" for part in parts)
+        only_here = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        self._content, self._etag = content, f'"{hashlib.sha256(content).hexdigest()}"'
+        self._headers = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "ETag": self._etag}
+        self._headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}
+        policy = f"default-src 'none'; script-src {hashes}; style-src {hashes}; {only_here}"
+        self._headers["Content-Security-Policy"] = policy
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        if req.path == "/" and req.method in ("GET", "HEAD") and preferred(req, JSON, "text/html") == "text/html":
+            resp.complete, resp.data = True, self._content
+            resp.set_headers(self._headers)
+            if self._etag in req.get_header("If-None-Match", default=""):
+                resp.status = 304
+
+
 class RootResource:
     """/"""
 
@@ -1856,6 +1881,7 @@ class RootResource:
                 if stream.has_ids:
                     found["last_id"] = self._store.last_id(stream)
                 (streams if stream.takes else views)[name] = found
+        resp.set_header("Vary", "Accept")
         resp.media = {"service": "Inlet", "version": __version__, "streams": streams, "views": views}
 
     on_head = on_get
@@ -2329,7 +2355,7 @@ class Connection(dispatcher):
         lines += ["Server: Inlet", f"Date: {http_date(int(time.time()), usegmt=True)}"]
         if request.method == "HEAD":
             content = b""
-        else:
+        elif not status.startswith("304"):
             lines.append(f"Content-Length: {len(content)}")
         if self._lingers or request.version == "1.0":
             lines.append("Connection: close" if self._lingers else "Connection: keep-alive")

@@ -1,0 +1,518 @@
+"""page.html in a real Chromium.
+
+Run as a program, it makes the picture for README: PYTHONPATH=. python faults/test_page.py page/page.png
+"""
+
+import contextlib
+import http.server
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from common import Server, database
+from deployed import BIN, free_port, nginx, running
+from playwright.sync_api import Page, expect, sync_playwright
+
+from test_service import DEADLINE_S, HERE, TOKEN, Process, add_tester, database_of, run, send, stream_sql
+
+EVIL = "</script><img src=x onerror=ran.push(1)>"
+EVIL_STREAM = stream_sql("evil", f""", headers TEXT, "{EVIL}" TEXT AS (body ->> '$."{EVIL}"')""")
+SCHEMA = (
+    stream_sql("messages", ", headers TEXT")
+    + stream_sql("readings", """,
+        sensor TEXT AS (body ->> 'sensor'),
+        value REAL AS (body ->> 'value') CONSTRAINT "value must be below 60" CHECK (value < 60)""")
+    + EVIL_STREAM
+    + "CREATE VIEW warm AS SELECT * FROM readings WHERE value > 20;\n"
+    + "CREATE VIEW sensors AS SELECT sensor, count(*) AS n, 12345678901234567890 * 1.0 AS large, NULL AS none"
+    + " FROM readings GROUP BY sensor;\n"
+)  # fmt: skip
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@contextlib.contextmanager
+def chromium():
+    with sync_playwright() as playwright:
+        path = shutil.which("chromium")
+        assert path, "there is no chromium"
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser):
+    """A tab that sees which scripts run, and in which no error may go unnoticed."""
+    with contextlib.closing(browser.new_context(viewport={"width": 1100, "height": 800})) as context:
+        errors = []
+        tab = context.new_page()
+        tab.set_default_timeout(DEADLINE_S * 1000)
+        expect.set_options(timeout=DEADLINE_S * 1000)
+        tab.add_init_script("window.ran = []; onsecuritypolicyviolation = (event) => ran.push(event.blockedURI)")
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        yield tab
+        if not tab.url.startswith("about:"):
+            assert tab.evaluate("window.ran || []") == []
+        assert errors == []
+
+
+@pytest.fixture
+def server(tmp_path):
+    database(tmp_path, SCHEMA)
+    with contextlib.closing(Server(tmp_path)) as server:
+        yield server
+
+
+def post(server, body, stream="messages", **headers):
+    with contextlib.closing(server.connect()) as connection:
+        status, _, data = send(connection, "POST", f"/{stream}", body, **headers)
+        assert status == 201, data
+        return json.loads(data)
+
+
+def post_many(server, number, stream="messages", first=0):
+    lines = "".join(f'{{"n": {n}}}\n' for n in range(first, first + number))
+    return post(server, lines, stream, Content_Type="application/x-ndjson")
+
+
+def enter(page: Page, url: str, token: str = TOKEN) -> None:
+    page.goto(url)
+    page.get_by_label("Token").fill(token)
+    page.get_by_role("button", name="Look").click()
+
+
+def cells(page: Page, row: int) -> list[str]:
+    return page.locator("#rows > tr:not(.detail)").nth(row).locator("td").all_text_contents()
+
+
+def ids(page: Page) -> list[int]:
+    return [int(text) for text in page.locator("#rows > tr:not(.detail) button").all_text_contents()]
+
+
+def test_the_detector_sees_a_script_that_runs(browser):
+    """Without this, the test of hostile messages could not fail."""
+    with contextlib.closing(browser.new_context()) as context:
+        tab = context.new_page()
+        tab.set_content("<p id=here>")
+        tab.evaluate("(html) => { window.ran = []; document.getElementById('here').innerHTML = html }", EVIL)
+        tab.wait_for_function("ran.length > 0")
+
+
+def test_a_first_look_with_the_token_that_the_first_start_has_printed(page, tmp_path):
+    with contextlib.closing(Process(tmp_path)) as process:
+        token = process.printed(4).split()[-1]
+        answer = page.goto(process.url)
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        expect(page.locator("#health")).to_have_text("Messages can be taken")
+        page.get_by_label("Token").fill(f" {token}\n")
+        page.keyboard.press("Enter")
+        expect(page.locator("#end")).to_have_text("There are no messages.")
+        with contextlib.closing(process.connect()) as connection:
+            send(connection, "POST", "/messages", '{"hello":   1.10}', Authorization=f"Bearer {token}")
+        expect(page.locator("#rows button")).to_have_text(["1"])
+        assert cells(page, 0)[2:] == ["default", "", '{"hello":   1.10}']
+        assert page.evaluate("Object.values(sessionStorage)") == [token]
+        assert page.evaluate("localStorage.length + document.cookie.length") == 0
+        page.reload()
+        expect(page.locator("#rows button")).to_have_text(["1"])  # the tab still knows it
+        page.get_by_role("button", name="Forget").click()
+        assert page.evaluate("sessionStorage.length") == 0
+        expect(page.get_by_label("Token")).to_be_focused()
+        assert page.locator("#rows > tr").count() == 0
+
+
+def test_messages_arrive_while_one_looks_and_nothing_moves_while_one_reads(page, server):
+    post_many(server, 200)
+    enter(page, server.url)
+    expect(page.locator("#rows button").first).to_have_text("200")
+    assert ids(page) == list(range(200, 150, -1))
+    post_many(server, 3, first=200)
+    expect(page.locator("#rows button").first).to_have_text("203")
+    expect(page.locator("#news")).to_have_text("New up to id 203")
+    page.locator("#scroll").evaluate("(it) => it.scrollTop = 300")
+    page.get_by_role("button", name="190", exact=True).click()
+    place = page.locator("#rows .detail").bounding_box()
+    for n in range(10):
+        post_many(server, 100, first=1000 + n * 100)
+        time.sleep(0.15)
+    newer = page.locator("#newer")
+    expect(newer).to_have_text("Show 1000 newer messages")
+    assert page.locator("#rows .detail").bounding_box() == pytest.approx(place, abs=60)  # the line above appeared
+    place = page.locator("#rows .detail").bounding_box()
+    post(server, "1")
+    expect(newer).to_have_text("Show 1001 newer messages")
+    assert page.locator("#rows .detail").bounding_box() == place
+    newer.click()
+    expect(page.locator("#rows button").first).to_have_text("1204")
+    found = ids(page)
+    assert found == list(range(1204, 1204 - len(found), -1))
+    expect(page.locator("#names li").first).to_contain_text("1004 new in 1 min")
+    points = page.locator("#names polyline").first.get_attribute("points").split()
+    assert len({point.partition(",")[2] for point in points}) > 1
+    assert page.locator("#rows > tr").count() <= 500
+
+
+def test_older_pages_end_with_the_first_message_also_where_many_were_deleted(page, server):
+    post_many(server, 1000)
+    with database_of(server) as db:
+        db.execute("DELETE FROM messages WHERE id BETWEEN 20 AND 930")
+    enter(page, server.url)
+    expect(page.locator("#rows button").first).to_have_text("1000")
+    older = page.get_by_role("button", name="Older messages")
+    wanted = [*range(1000, 930, -1), *range(19, 0, -1)]
+    for _ in range(10):
+        older.click()
+        expect(page.locator("#end")).not_to_have_text("Looking…")
+        if page.locator("#end").text_content() == "There are no older messages.":
+            break
+    assert ids(page) == wanted
+
+
+def test_large_bodies_long_numbers_and_the_order_of_members_are_shown_as_they_were_sent(page, server):
+    long = "1" + "0" * 9_999
+    post(server, f'{{"z":{long},"a":1.10,"z":[],"b":{{}},"c":[1,{{"d":null}}]}}')
+    enter(page, server.url)
+    page.get_by_role("button", name="1", exact=True).click()
+    assert page.locator("#rows pre").text_content() == (
+        f'{{\n  "z": {long},\n  "a": 1.10,\n  "z": [],\n  "b": {{}},\n'
+        '  "c": [\n    1,\n    {\n      "d": null\n    }\n  ]\n}'
+    )
+    page.get_by_role("button", name="1", exact=True).click()
+    for body in (json.dumps("x" * (2**20 - 2)), "[" * 512 + "1," * 400_000 + "1" + "]" * 512):
+        sent = post(server, body)["id"]
+        page.get_by_role("button", name=str(sent), exact=True).click()
+        assert len(page.locator("#rows pre").text_content()) == 100_000
+        page.get_by_role("button", name="Show all").click()
+        assert page.locator("#rows pre").text_content() == body
+        page.get_by_role("button", name=str(sent), exact=True).click()
+
+
+def test_nothing_that_is_in_a_message_runs(page, server):
+    body = json.dumps({EVIL: EVIL, "a": EVIL})
+    post(server, body, "evil", Idempotency_Key="</script><img/src=x/onerror=ran.push(1)>", X_Evil=EVIL)
+    with database_of(server) as db:
+        db.execute("UPDATE evil SET client = ?", (EVIL,))
+    enter(page, f"{server.url}/#evil")
+    page.get_by_role("button", name="1", exact=True).click()
+    expect(page.locator("#rows pre")).to_have_text(f'{{\n  "{EVIL}": "{EVIL}",\n  "a": "{EVIL}"\n}}')
+    expect(page.locator("#rows .detail table")).to_contain_text(EVIL)
+    assert cells(page, 0)[2] == cells(page, 0)[4] == EVIL
+    page.get_by_text("Filter", exact=True).click()
+    page.get_by_label(EVIL).fill(EVIL)
+    page.get_by_role("button", name="Show", exact=True).click()
+    expect(page.locator("#rows button")).to_have_text(["1"])
+    page.get_by_text("Send a message").click()
+    page.get_by_label("Message, as JSON").fill(EVIL)
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("#sent")).to_contain_text("400")
+    time.sleep(0.5)
+    assert page.evaluate("ran") == []
+
+
+def test_fields_filters_headers_and_reports(page, server):
+    for n in range(60):
+        post(server, f'{{"sensor": "s{n % 3}", "value": {n}.50}}', "readings")
+    post(server, "1", X_Who="me")
+    enter(page, server.url)
+    page.get_by_role("button", name="1", exact=True).click()
+    expect(page.locator("#rows .detail")).to_contain_text("x-whome")
+    page.get_by_role("link", name="readings").click()
+    expect(page.locator("#title")).to_be_focused()
+    expect(page.locator("#head")).to_have_text("idreceived_atclientkeysensorvaluebody")
+    assert cells(page, 0)[4:6] == ["s2", "59.50"]
+    page.get_by_text("Filter", exact=True).click()
+    page.get_by_label("sensor").fill("s1")
+    page.get_by_role("button", name="Show", exact=True).click()
+    expect(page.locator("#rows button").first).to_have_text("59")
+    assert ids(page) == list(range(59, 0, -3))  # more than are among the last 50
+    post(server, '{"sensor": "s0", "value": 1}', "readings")
+    post(server, '{"sensor": "s1", "value": 1}', "readings")
+    expect(page.locator("#rows button").first).to_have_text("62")
+    page.get_by_role("link", name="warm").click()
+    expect(page.locator("#rows button").first).to_have_text("60")
+    assert ids(page) == list(range(60, 20, -1))
+    page.get_by_role("link", name="sensors").click()
+    expect(page.locator("#head")).to_have_text("sensornlargenone")
+    assert cells(page, 1) == ["s1", "21", "1.2345678901234567e+19", ""]
+    post(server, '{"sensor": "s1", "value": 1}', "readings")
+    expect(page.locator("#rows > tr").nth(1)).to_contain_text("22")  # it is read again
+    page.go_back()
+    expect(page.locator("#title")).to_have_text("warm")
+
+
+def test_a_message_is_sent_and_a_refused_one_says_where_and_why(page, server):
+    enter(page, f"{server.url}/#readings")
+    page.get_by_text("Send a message").click()
+    message, sent = page.get_by_label("Message, as JSON"), page.locator("#sent")
+    send_it = page.get_by_role("button", name="Send", exact=True)
+    message.fill('{"sensor": "😀", "value": 1.10}')
+    send_it.click()
+    expect(sent).to_contain_text("201: stored with id 1")
+    expect(page.locator("#rows button").first).to_have_text("1")
+    send_it.click()
+    expect(sent).to_contain_text("201: stored with id 2")  # a key of its own
+    message.fill('{"sensor": "😀",\n "värde😀": nul}')
+    send_it.click()
+    expect(sent).to_contain_text("line 2 column 12")
+    expect(message).to_be_focused()
+    assert message.evaluate("(it) => it.value.slice(it.selectionStart, it.selectionEnd)") == "n"
+    message.fill('{"value": 60}')
+    send_it.click()
+    expect(sent).to_have_text("422: value must be below 60")
+    message.fill('{"value": 3}')
+    with database_of(server) as db:
+        assert [key is not None for (key,) in db.execute("SELECT key FROM readings")] == [True, True]
+        db.execute("BEGIN IMMEDIATE")
+        send_it.click()
+        expect(sent).to_contain_text("503: Another program is writing to the database.")
+        expect(page.locator("#health")).to_contain_text("A write takes too long.")
+        db.execute("ROLLBACK")
+    send_it.click()
+    expect(sent).to_contain_text("201: stored with id 3")
+    with database_of(server) as db:
+        assert db.execute("SELECT count(*) FROM readings").fetchone() == (3,)
+
+
+def test_a_message_whose_answer_is_lost_is_stored_once(page, server):
+    enter(page, server.url)
+    page.get_by_text("Send a message").click()
+    page.get_by_label("Message, as JSON").fill("1")
+
+    def lose_the_answer(route):
+        if route.request.method == "POST":
+            route.fetch()
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route("**/messages", lose_the_answer)
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("#sent")).to_contain_text(
+        "No answer: The service does not answer. If you send it again, it is stored once."
+    )
+    page.unroute("**/messages")
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(page.locator("#sent")).to_contain_text("201: stored with id 1")
+    with database_of(server) as db:
+        assert db.execute("SELECT count(*) FROM messages").fetchone() == (1,)
+
+
+def test_what_to_do_with_a_revoked_token_a_missing_grant_and_a_wrong_one(page, server, tmp_path):
+    enter(page, server.url, "wrong")
+    expect(page.get_by_role("alert")).to_contain_text("Paste a token that is valid")
+    enter(page, server.url, "💥")
+    expect(page.get_by_role("alert")).to_contain_text("Paste a token that is valid")
+    add_tester(server.database, "writer", "only-writes", "write:messages")
+    enter(page, server.url, "only-writes")
+    expect(page.locator("#note")).to_have_text("This token may only send here.")
+    expect(page.locator("#names a")).to_have_text(["messages"])
+    page.get_by_role("button", name="Forget").click()
+    enter(page, server.url)
+    expect(page.locator("#names a").first).to_have_text("messages")
+    assert run(tmp_path, "client", "remove", "tester").returncode == 0
+    expect(page.get_by_role("alert")).to_contain_text("This token is not valid here. Paste a token that is valid.")
+    assert page.evaluate("sessionStorage.length") == 0
+    add_tester(server.database, "nobody", "nothing", "read:no-such-stream")
+    enter(page, server.url, "nothing")
+    expect(page.get_by_role("alert")).to_contain_text("may use nothing here")
+
+
+def test_a_service_that_is_stopped_and_started_again(page, server):
+    post(server, "1")
+    server.arguments += ["--listen", server.address]
+    enter(page, server.url)
+    expect(page.locator("#rows button")).to_have_text(["1"])
+    server.end()
+    expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    expect(page.locator("#health")).to_have_text("The service does not answer.")
+    assert ids(page) == [1]
+    server.start()
+    post(server, "2")
+    expect(page.locator("#rows button").first).to_have_text("2")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("#health")).to_have_text("Messages can be taken")
+
+
+def test_views_that_fail_and_reads_that_are_slow_are_told(page, tmp_path):
+    database(
+        tmp_path, stream_sql("messages") + "CREATE VIEW broken AS SELECT abs(-9223372036854775808) AS n FROM messages;"
+    )
+    with contextlib.closing(Server(tmp_path)) as server:
+        post(server, "1")
+        enter(page, f"{server.url}/#broken")
+        expect(page.get_by_role("alert")).to_contain_text("The SQL of this view fails on what is stored")
+
+
+@pytest.mark.parametrize("prefix", ["", "/ingest"])
+def test_it_works_under_a_path_and_behind_nginx(prefix, page, tmp_path):
+    database(tmp_path, SCHEMA)
+    flags = ("--prefix", prefix) if prefix else ()
+    with (
+        contextlib.closing(Server(tmp_path, *flags)) as server,
+        nginx(tmp_path, server.address, prefix) as (host, port),
+    ):
+        for url in (f"http://{host}:{port}{prefix}/", f"{server.url}{prefix}"):
+            enter(page, url)
+            page.get_by_text("Send a message").click()
+            page.get_by_label("Message, as JSON").fill("1")
+            page.get_by_role("button", name="Send", exact=True).click()
+            expect(page.locator("#sent")).to_contain_text("201")
+            expect(page.locator("#health")).to_have_text("Messages can be taken")
+            page.get_by_role("button", name="Forget").click()
+
+
+def test_it_works_inside_of_a_site_that_is_already_there(page, tmp_path):
+    """SCRIPT_NAME, as deploy/mounted_flask.py has it."""
+    path, port = database(tmp_path, SCHEMA), free_port()
+    environ = {"INLET_DATABASE": str(path), "INLET_SCHEMA": str(tmp_path / "schema.sql")}
+    environ["PYTHONPATH"] = f"{HERE}:{HERE / 'deploy'}"
+    command = [BIN / "gunicorn", "--threads", "8", "-b", f"127.0.0.1:{port}", "mounted_flask:app"]
+    with running(command, tmp_path, port, environ, "/ingest/healthz"):
+        enter(page, f"http://127.0.0.1:{port}/ingest/")
+        page.get_by_text("Send a message").click()
+        page.get_by_label("Message, as JSON").fill("1")
+        page.get_by_role("button", name="Send", exact=True).click()
+        expect(page.locator("#rows button").first).to_have_text("1")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_page_of_another_origin_may_use_the_service_only_if_cors_says_so(allowed, browser, tmp_path):
+    database(tmp_path, SCHEMA)
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    other = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    origin = f"http://127.0.0.1:{other.server_port}"
+    flags = ("--cors", f"https://else.example,{origin}") if allowed else ()
+    script = """async ([url, token]) => {
+        const headers = {Authorization: `Bearer ${token}`, "Content-Type": "application/json", "Idempotency-Key": "k"};
+        try {
+            const sent = await fetch(`${url}/messages`, {method: "POST", headers, body: "1"});
+            const refused = await fetch(`${url}/messages`, {method: "POST", headers, body: "nul"});
+            const feed = await fetch(`${url}/messages`, {headers: {Authorization: `Bearer ${token}`}});
+            return [sent.status, sent.headers.get("Location"), refused.status, (await refused.json()).line, feed.status];
+        } catch (error) { return error.name; }
+    }"""
+    with contextlib.closing(Server(tmp_path, *flags)) as server, contextlib.closing(browser.new_context()) as context:
+        tab = context.new_page()
+        tab.goto(origin)
+        found = tab.evaluate(script, [server.url, TOKEN])
+        with database_of(server) as db:
+            (stored,) = db.execute("SELECT count(*) FROM messages").fetchone()
+    other.shutdown()
+    assert (found, stored) == (([201, "/messages/1", 400, 1, 200], 1) if allowed else ("TypeError", 0))
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (1100, "dark"), (360, "light")])
+def test_everybody_can_use_it(width, scheme, page, server):
+    """axe-core finds no violation, a phone does not scroll sideways, and the keyboard is enough."""
+    axe = (Path(os.environ["INLET_CORPUS"]) / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    page.set_viewport_size({"width": width, "height": 740})
+    page.emulate_media(color_scheme=scheme)
+
+    def check():
+        page.evaluate(axe)
+        found = page.evaluate(
+            "async () => (await axe.run()).violations.map((it) => [it.id, it.nodes.map((n) => n.html)])"
+        )
+        assert found == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+    post_many(server, 60)
+    post(server, '{"sensor": "a", "value": 1}', "readings")
+    post(server, json.dumps({"text": "x" * 5000}), X_Who="me")
+    page.goto(server.url)
+    check()
+    page.get_by_label("Token").focus()
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_be_visible()
+    check()
+    page.keyboard.type(TOKEN)  # the focus is in the field
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    expect(page.locator("#rows button").first).to_have_text("61")
+
+    def tab_to(locator):
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if locator.evaluate("(it) => it === document.activeElement"):
+                return
+        raise AssertionError("the keyboard does not come there")
+
+    tab_to(page.locator("summary").first)
+    page.keyboard.press("Enter")
+    tab_to(page.get_by_label("Message, as JSON"))
+    page.keyboard.type("[1,")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#sent")).to_contain_text("400")
+    tab_to(page.locator("#rows button").first)
+    page.keyboard.press("Enter")
+    expect(page.locator("#rows .detail table")).to_contain_text("x-who")
+    check()
+    post(server, "1")
+    tab_to(page.locator("#older"))
+    page.keyboard.press("Enter")
+    expect(page.locator("#newer")).to_have_text("Show 1 newer message")
+    check()
+    page.get_by_role("link", name="readings").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#rows button")).to_have_text(["1"])
+    page.get_by_text("Filter", exact=True).click()
+    check()
+    page.get_by_role("link", name="sensors").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#end")).to_have_text("1 rows")
+    check()
+
+
+def picture(path: Path) -> None:
+    """Take the picture for README: three sensors that send for a minute."""
+    chance = random.Random(1)
+    with tempfile.TemporaryDirectory() as name, chromium() as browser:
+        folder = Path(name)
+        database(folder, SCHEMA.replace(EVIL_STREAM, ""))
+        with contextlib.closing(Server(folder)) as server:
+            tab = browser.new_page(viewport={"width": 1000, "height": 620})
+            enter(tab, f"{server.url}/#readings")
+            for _ in range(240):
+                reading = {"sensor": f"a-{chance.randint(1, 3)}", "value": round(chance.gauss(21, 3), 1), "unit": "C"}
+                post(server, json.dumps(reading), "readings")
+                time.sleep(chance.choice([0.01, 0.1, 0.4]))
+            expect(tab.locator("#rows button").first).to_have_text("240")
+            tab.locator("#rows button").nth(2).click()
+            tab.screenshot(path=path)
+    assert path.stat().st_size < 100_000
+
+
+if __name__ == "__main__":
+    picture(Path(sys.argv[1]))
