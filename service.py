@@ -129,7 +129,7 @@ def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
         case falcon.HTTPError():  # Falcon says 400 to methods that it does not know; RFC 9110, 15.6.2 says 501
             status = 405 if isinstance(error, falcon.HTTPMethodNotAllowed) else 501
             problem = Problem(status, "This path does not take this method.", error.headers)
-        case sqlite3.Error():
+        case sqlite3.Error() | TimeoutError():
             log.error("the database cannot be read: %s: %s", type(error).__name__, error)
             problem = Problem(503, "The database cannot be read at the moment. Try again.")
         case _:
@@ -150,16 +150,20 @@ class LazyApplication:
     def __init__(self) -> None:
         self._apps: dict[int, falcon.App] = {}  # by process id: a forked child makes one of its own
         self._lock = threading.Lock()
+        self._failed_at, self._failure = 0.0, Exception()
         # No fork while the app is made: the child would inherit locks of SQLite that no thread of it releases.
         unlock = self._lock.release
         os.register_at_fork(before=self._lock.acquire, after_in_parent=unlock, after_in_child=unlock)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        process = os.getpid()
+        process, arrived_at = os.getpid(), time.monotonic()
         try:
             with self._lock if process not in self._apps else contextlib.nullcontext():
+                if arrived_at < self._failed_at:  # what has failed meanwhile would take as long again
+                    raise self._failure
                 app = self._apps[process] = self._apps.get(process) or self._make(environ)
         except SetupError as error:
+            self._failed_at, self._failure = time.monotonic(), error
             log.critical("%s", error)
             status, headers, content = Problem(503, "The service is not set up; its log says why.").answer()
             start_response(status, headers)
@@ -722,13 +726,15 @@ class Store:
         told: SimpleQueue[None] = SimpleQueue()
         entry.then = partial(told.put, None)
         self.put(entry)
-        self.write()
-        while entry.result is None:
-            try:
-                told.get(timeout=max(0.0, entry.deadline - time.monotonic()))
+        try:
+            while entry.result is None:
                 self.write()
-            except Empty:
-                self.withdraw(entry)
+                if entry.result is None:
+                    told.get(timeout=max(0.0, entry.deadline - time.monotonic()))
+        except Empty:
+            pass
+        finally:
+            self.withdraw(entry)
         if isinstance(entry.result, Problem):
             raise entry.result
         return entry.result
@@ -740,6 +746,8 @@ class Store:
 
     def withdraw(self, entry: Entry) -> None:
         """Give an entry that still waits the result that its outcome is unknown."""
+        if entry.result:
+            return
         with self._mutex:
             entry.result = entry.result or storage_problem(TimeoutError())
             if entry in self.queue:
@@ -1040,10 +1048,10 @@ class Database:
         os.register_at_fork(before=self._close_all, after_in_parent=self._reopen, after_in_child=self._reopen_in_child)
 
     @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Keep the connections open for a block. It waits while they are closed."""
+    def _in_use(self, deadline: float) -> Iterator[None]:
+        """Keep the connections open for a block; TimeoutError if they are closed until the deadline."""
         with self._gate:
-            self._gate.wait_for(lambda: not self.closing)
+            self._wait_until_open(deadline)
             self._using += 1
         try:
             yield
@@ -1052,25 +1060,32 @@ class Database:
                 self._using -= 1
                 self._gate.notify_all()
 
+    def _wait_until_open(self, deadline: float) -> None:
+        with self._gate:
+            if not self._gate.wait_for(lambda: not self.closing, max(0.0, deadline - time.monotonic())):
+                raise TimeoutError("a fork waits for a long read")
+
     def _close_all(self, using: int = 0) -> None:
         """Close every connection, when only so many threads use one. Nobody can open one before _reopen()."""
         self._gate.acquire()
         self.closing += 1  # so that slow reads end
         self._gate.wait_for(lambda: self._using == using)
+        if self._writer and identity_and_size(self._paths[1])[0] != self._files[1]:
+            with contextlib.suppress(sqlite3.Error):
+                checkpoint(self._writer)  # or what is in a WAL that was removed would be lost
         close_each([self._writer, *(connection for connection, _ in self._readers)])
         self._writer, self._readers = None, []
 
     def _reopen(self) -> None:
+        self._gate.notify_all()  # RuntimeError if a signal has ended _close_all() before it began
         self.closing -= 1
-        self._gate.notify_all()
         self._gate.release()
 
     def _reopen_in_child(self) -> None:
-        self.closing = 1  # no other thread is in the child
+        self._gate, self._using, self.closing = threading.Condition(), 0, 0  # no other thread is in the child
         if self._lock:  # it would stay locked here when the parent dies
             self._lock.close()
             self._lock = None
-        self._reopen()
 
     @contextlib.contextmanager
     def transaction(self, deadline: float) -> Iterator[sqlite3.Connection]:
@@ -1079,8 +1094,9 @@ class Database:
         A COMMIT that fails has an unknown outcome. Then, and after every other error, the connection is thrown away:
         that rolls back, and nothing is committed twice.
         """
+        self._wait_until_open(deadline)  # without the lock, for others need it meanwhile
         self._lock = self._lock or lock_file(self.path)
-        with locked(self._lock, deadline), self._in_use():
+        with locked(self._lock, deadline), self._in_use(deadline):
             try:
                 db = self._ready_writer(deadline)
                 poll(lambda: db.execute("BEGIN IMMEDIATE"), deadline, "another program")
@@ -1136,7 +1152,7 @@ class Database:
     @contextlib.contextmanager
     def reader(self, give_up: Callable[[], bool] | None = None) -> Iterator[sqlite3.Connection]:
         """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
-        with self._in_use():
+        with self._in_use(time.monotonic() + BUSY_TIMEOUT_S):
             db, file = None, None
             with contextlib.suppress(IndexError):
                 db, file = self._readers.pop()
@@ -1148,6 +1164,7 @@ class Database:
                 yield db
             except sqlite3.Error:
                 file = None
+                db.close()  # now, and not when the traceback lets go of it: a fork may wait for that
                 raise
             finally:
                 if file:
@@ -1454,7 +1471,7 @@ class Clients:
             self._by_digest, self._signers = by_digest, signers
         except (sqlite3.Error, OSError) as error:
             log.error("the clients cannot be read: %s", error)
-            self._failure = error
+            self._failure = error.with_traceback(None)
         self._read_at = time.monotonic()
         if self._failure:  # the next try comes after CLIENTS_RETRY_S
             self._read_at += CLIENTS_RETRY_S - CLIENTS_REFRESH_S
@@ -1854,11 +1871,13 @@ class Page:
         self._content, self._etag = content, f'"{hashlib.sha256(content).hexdigest()}"'
         self._headers = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "ETag": self._etag}
         self._headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}
+        self._headers["Cross-Origin-Opener-Policy"] = "same-origin"  # who opens this tab cannot steer it
         policy = f"default-src 'none'; script-src {hashes}; style-src {hashes}; {only_here}"
         self._headers["Content-Security-Policy"] = policy
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if req.path == "/" and req.method in ("GET", "HEAD") and preferred(req, JSON, "text/html") == "text/html":
+        is_asked = req.path == "/" and req.method in ("GET", "HEAD") and not req.auth
+        if is_asked and preferred(req, JSON, "text/html") == "text/html":
             resp.complete, resp.data = True, self._content
             resp.set_headers(self._headers)
             if self._etag in req.get_header("If-None-Match", default=""):
@@ -1891,10 +1910,11 @@ class HealthResource:
     """/healthz: alive is that this process answers; ready is that a message can be written now.
 
     Each second, the first request lets a thread write and sync a page. The others get what it has found. They wait for
-    it only if it has begun within the last second.
+    it at most until PATIENCE_S after it began.
     """
 
     EVERY_S = 1.0
+    PATIENCE_S = 2.0
 
     def __init__(self, store: Store, clients: Clients):
         self._store = store
@@ -1911,7 +1931,7 @@ class HealthResource:
                     found: Future[str] = Future()
                     threading.Thread(target=self._probe, args=(found,), daemon=True).start()
                     self._found, self._began_at = found, time.monotonic()
-            failure = self._found.result(max(0.0, self._began_at + self.EVERY_S - time.monotonic()))
+            failure = self._found.result(max(0.0, self._began_at + self.PATIENCE_S - time.monotonic()))
         except (TimeoutError, RuntimeError):  # RuntimeError: there can be no more threads
             failure = "A write takes too long."
         if failure:
@@ -1927,7 +1947,8 @@ class HealthResource:
             failure = "The clients cannot be read." if self._clients.read() else ""
         except Exception as error:  # whatever it is, it must not say that all is well
             log.error("not ready: %s: %s", type(error).__name__, error)
-        found.set_result(failure)
+        finally:
+            found.set_result(failure)
 
 
 class MetricsResource:

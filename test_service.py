@@ -1,6 +1,7 @@
 """The tests of service.py, in its order. Real SQLite, real files, real processes; only the clock is ever faked."""
 
 import base64
+import concurrent.futures
 import contextlib
 import fcntl
 import gzip
@@ -427,6 +428,20 @@ def test_the_application_opens_the_database_at_its_first_request_and_not_before(
     assert python(code, tmp_path) == "[] 401 True\n"
 
 
+def test_first_requests_that_cannot_be_served_fail_together_and_not_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "BUSY_TIMEOUT_S", 1.0)
+    monkeypatch.setenv("INLET_DATABASE", str(tmp_path / "inlet.db"))
+    client = falcon.testing.TestClient(service.LazyApplication())
+    with open(tmp_path / "inlet.db-lock", "ab") as file, concurrent.futures.ThreadPoolExecutor() as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        started = time.monotonic()
+        asked = [pool.submit(client.simulate_get, "/messages") for _ in range(4)]
+        assert {each.result().status_code for each in asked} == {503}
+        assert time.monotonic() - started < 2.5
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert client.simulate_get("/messages").status_code == 401
+
+
 def test_an_application_that_is_not_set_up_says_so_in_answer_and_log(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("INLET_DATABASE", str(tmp_path / "no-such-folder" / "inlet.db"))
     answer = falcon.testing.TestClient(service.LazyApplication()).simulate_get("/healthz")
@@ -719,6 +734,43 @@ def test_who_fails_to_take_its_result_keeps_nobody_elses(store):
     store.write()
     assert [each.result.first_id for each in entries] == [1, 2, 3]
     assert told == [1, 3]
+
+
+def test_who_is_interrupted_while_it_waits_leaves_nothing_in_the_queue(store, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.database, "transaction", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            append(store, "messages", "1")
+    assert store.queue == []
+    assert append(store, "messages", "2") == 1
+
+
+def test_who_has_its_result_writes_for_nobody_else_before_it_returns(store, monkeypatch):
+    insert, first_is_there, others_are_there, last_may_end = store._insert, *[threading.Event() for _ in range(3)]
+
+    def slow(db, each, received_at):
+        if each.bodies == ["first"]:
+            first_is_there.set()
+            assert others_are_there.wait(DEADLINE_S)
+        elif each.bodies == ["last"]:
+            assert last_may_end.wait(DEADLINE_S)
+        return insert(db, each, received_at)
+
+    monkeypatch.setattr(store, "_insert", slow)
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        pool.submit(append, store, "messages", "first")
+        assert first_is_there.wait(DEADLINE_S)
+        others = [pool.submit(append, store, "messages", "1") for _ in range(20)]
+        eventually(lambda: len(store.queue) == 20)
+        pool.submit(lambda: (eventually(lambda: not store.queue), append(store, "messages", "last")))
+        others_are_there.set()
+        try:
+            assert len({each.result(DEADLINE_S) for each in others}) == 20  # while the last one hangs
+        finally:
+            last_may_end.set()
 
 
 def test_a_value_that_is_too_big_costs_only_its_message(open_store):
@@ -1683,6 +1735,7 @@ def test_a_browser_gets_the_page_and_everybody_else_json(client):
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
     assert page.headers["X-Content-Type-Options"] == "nosniff"
     assert page.headers["Referrer-Policy"] == "no-referrer"
+    assert page.headers["Cross-Origin-Opener-Policy"] == "same-origin"
     policy = dict(rule.split(" ", 1) for rule in page.headers["Content-Security-Policy"].split("; "))
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
     assert policy["script-src"] == policy["style-src"]
@@ -1691,7 +1744,14 @@ def test_a_browser_gets_the_page_and_everybody_else_json(client):
         for part in re.findall(r"<script>(.*)</script>|<style>(.*)</style>", page.text, re.DOTALL)
         for part in filter(None, part)
     }
-    for accept in ("*/*", "application/json", "application/json, text/html;q=0.5", "text/plain", ""):
+    for accept in (
+        "*/*",
+        "application/json",
+        "application/json, text/html;q=0.5",
+        "text/plain",
+        "",
+        BROWSER,
+    ):  # with a token, also to a browser
         answer = client.get("/", Accept=accept)
         assert (answer.json["service"], answer.headers["Vary"], page.headers["Vary"]) == ("Inlet", "Accept", "Accept")
     for method, path in (("GET", "/messages"), ("POST", "/"), ("GET", "/nothing"), ("OPTIONS", "/")):
@@ -1701,14 +1761,14 @@ def test_a_browser_gets_the_page_and_everybody_else_json(client):
 
 def test_a_browser_asks_for_the_page_again_only_if_it_has_changed(any_server):
     with contextlib.closing(any_server.connect()) as connection:
-        _, headers, content = send(connection, "GET", "/", Accept=BROWSER)
+        _, headers, content = send(connection, "GET", "/", Accept=BROWSER, Authorization="")
         for method, asked, wanted in (
             ("GET", "", 200),
             ("GET", headers["ETag"], 304),
             ("GET", f"W/{headers['ETag']}", 304),
             ("HEAD", "", 200),
         ):
-            status, again, data = send(connection, method, "/", Accept=BROWSER, If_None_Match=asked)
+            status, again, data = send(connection, method, "/", Accept=BROWSER, If_None_Match=asked, Authorization="")
             assert (status, again["ETag"], data) == (
                 wanted,
                 headers["ETag"],
@@ -1944,6 +2004,24 @@ def test_healthz_is_not_misled_for_ever_by_what_fails_once(failing, client, stor
 
     with monkeypatch.context() as patch:
         patch.setattr(*((store, "append") if failing == "append" else (threading.Thread, "start")), fail)
+        assert health(client) == 503
+    eventually(lambda: health(client) == 200, within_s=4)
+
+
+def test_healthz_is_200_where_each_commit_takes_more_than_a_second(client, store, monkeypatch):
+    write = store.append
+    monkeypatch.setattr(store, "append", lambda each: (time.sleep(1.2), write(each)))
+    assert [health(client), health(client)] == [200, 200]
+
+
+def test_healthz_recovers_from_a_probe_that_cannot_even_log(client, store, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "append", fail)
+        patch.setattr(service.log, "error", fail)
+        patch.setattr(threading, "excepthook", lambda _: None)
         assert health(client) == 503
     eventually(lambda: health(client) == 200, within_s=4)
 

@@ -275,7 +275,7 @@ def test_a_child_that_outlives_a_killed_parent_does_not_keep_the_lock(tmp_path):
     """The parent serves, forks a child that only sleeps, and is killed while it waits for SQLite inside of its turn."""
     path = database(tmp_path)
     code = """
-import os, sys, threading, time, falcon.testing, service
+import os, signal, sqlite3, sys, threading, time, falcon.testing, service
 client = falcon.testing.TestClient(service.application)
 headers = {"Authorization": "Bearer " + sys.argv[1], "Content-Type": "application/json"}
 post = lambda: client.simulate_post("/messages", body="1", headers=headers)
@@ -308,7 +308,7 @@ while True:
 
 
 EMBEDDED = """
-import os, sys, threading, time, falcon.testing, service
+import os, signal, sqlite3, sys, threading, time, falcon.testing, service
 client = falcon.testing.TestClient(service.application)
 headers = {"Authorization": "Bearer " + sys.argv[1], "Content-Type": "application/json"}
 post = lambda body="1": client.simulate_post("/messages", body=body, headers=headers)
@@ -388,6 +388,10 @@ print(done)
         assert process.communicate(timeout=60)[0] == "[20, 20]\n"
 
 
+SLOW_VIEW = """
+    CREATE VIEW slow AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) AS n FROM n;"""
+
+
 def test_a_fork_ends_slow_reads_and_holds_up_no_message(tmp_path):
     code = """
 threading.Thread(target=lambda: client.simulate_get("/slow", headers=headers), daemon=True).start()
@@ -399,9 +403,82 @@ assert post().status_code == 201
 print(time.monotonic() - started < 1, flush=True)
 os._exit(0)
 """
-    view = "CREATE VIEW slow AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) AS n FROM n;"
-    with embedding(tmp_path, code, view) as process:
+    with embedding(tmp_path, code, SLOW_VIEW) as process:
         assert process.communicate(timeout=60)[0] == "True\n"
+
+
+def test_a_child_inherits_no_file_of_sqlite_also_when_its_fork_has_ended_a_read(tmp_path):
+    code = """
+for _ in range(3):
+    reading = threading.Thread(target=lambda: client.simulate_get("/slow", headers=headers), daemon=True)
+    reading.start()
+    time.sleep(0.5)
+    if os.fork() == 0:
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        print([os.readlink(link) for link in links if os.path.exists(link) and "inlet.db" in os.readlink(link)], flush=True)
+        os._exit(0)
+    os.wait()
+    reading.join()
+"""
+    with embedding(tmp_path, code, SLOW_VIEW) as process:
+        assert process.communicate(timeout=60)[0] == "[]\n" * 3
+
+
+def test_a_removed_wal_is_saved_also_when_the_process_forks_before_it_writes(tmp_path):
+    code = """
+ids = [post(str(n)).json["id"] for n in range(100)]
+client.simulate_get("/messages", headers=headers)
+os.unlink(os.environ["INLET_DATABASE"] + "-wal")
+if os.fork() == 0: os._exit(0)
+post("100")
+page = client.simulate_get("/messages?limit=1000", headers=headers).json["messages"]
+print(set(ids) <= {message["id"] for message in page}, flush=True)
+"""
+    with embedding(tmp_path, code) as process:
+        assert process.communicate(timeout=60)[0] == "True\n"
+
+
+def test_a_signal_while_a_fork_waits_stops_nothing_for_ever(tmp_path):
+    """The handler raises in the thread that forks, and Python forks all the same."""
+    code = """
+other = sqlite3.connect(os.environ["INLET_DATABASE"], isolation_level=None)
+other.execute("BEGIN IMMEDIATE")
+results = []
+writing = threading.Thread(target=lambda: results.append(post("1").status_code))
+writing.start()
+time.sleep(0.3)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+if os.fork() == 0:
+    if os.fork() == 0: os._exit(0)
+    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+other.execute("ROLLBACK")
+print(os.wait()[1])
+writing.join()
+print(results, post("2").status_code, client.simulate_get("/messages", headers=headers).status_code)
+"""
+    with embedding(tmp_path, code) as process:
+        assert process.communicate(timeout=60)[0] == "0\n[201] 201 200\n"
+
+
+def test_a_fork_that_waits_for_a_long_read_lets_messages_have_their_503(tmp_path):
+    """The function of this read is one step of SQLite, so that nothing can end it."""
+    code = """
+def fork():
+    if os.fork() == 0: os._exit(0)
+reading = threading.Thread(target=lambda: client.simulate_get("/long", headers=headers))
+reading.start()
+time.sleep(0.5)
+threading.Thread(target=fork).start()
+time.sleep(0.5)
+service.BUSY_TIMEOUT_S = 1.0
+started = time.monotonic()
+status = post("1").status_code
+print(status, time.monotonic() - started < 1.5, reading.is_alive(), flush=True)
+os._exit(0)
+"""
+    long = "CREATE VIEW long AS SELECT instr(replace(hex(zeroblob(400000)), '0', 'a'), replace(hex(zeroblob(200000)), '0', 'a') || 'b') AS n;"
+    with embedding(tmp_path, code, long) as process:
+        assert process.communicate(timeout=60)[0] == "503 True True\n"
 
 
 @pytest.mark.parametrize("second", ["server", "client"])
