@@ -752,7 +752,7 @@ class Store:
             entry.result = entry.result or storage_problem(TimeoutError())
             if entry in self.queue:
                 self.queue.remove(entry)
-        self._tell_one()  # for this one may have been told
+        self._tell_one()  # this one may have been told to write
 
     def write(self) -> None:
         """Write what is queued, if no other thread does. What has come meanwhile is left to those who wait for it."""
@@ -1043,7 +1043,7 @@ class Database:
         self._readers: list[tuple[sqlite3.Connection, Any]] = []  # that nobody uses, each with its file
         self._gate = threading.Condition()  # for what follows
         self._using = 0  # threads that use a connection
-        self.closing = 0  # threads that want all connections closed
+        self.closing = 0  # threads that wait to close all connections
         # A child would inherit locks of SQLite, and files that are locked. So all is closed while a process forks.
         os.register_at_fork(before=self._close_all, after_in_parent=self._reopen, after_in_child=self._reopen_in_child)
 
@@ -1063,7 +1063,7 @@ class Database:
     def _wait_until_open(self, deadline: float) -> None:
         with self._gate:
             if not self._gate.wait_for(lambda: not self.closing, max(0.0, deadline - time.monotonic())):
-                raise TimeoutError("a fork waits for a long read")
+                raise TimeoutError("the connections are being closed, which waits for a long read")
 
     def _close_all(self, using: int = 0) -> None:
         """Close every connection, when only so many threads use one. Nobody can open one before _reopen()."""
@@ -1077,7 +1077,7 @@ class Database:
         self._writer, self._readers = None, []
 
     def _reopen(self) -> None:
-        self._gate.notify_all()  # RuntimeError if a signal has ended _close_all() before it began
+        self._gate.notify_all()  # raises RuntimeError if _close_all() was interrupted: then there is nothing to undo
         self.closing -= 1
         self._gate.release()
 
@@ -1932,8 +1932,10 @@ class HealthResource:
                     threading.Thread(target=self._probe, args=(found,), daemon=True).start()
                     self._found, self._began_at = found, time.monotonic()
             failure = self._found.result(max(0.0, self._began_at + self.PATIENCE_S - time.monotonic()))
-        except (TimeoutError, RuntimeError):  # RuntimeError: there can be no more threads
+        except TimeoutError:
             failure = "A write takes too long."
+        except RuntimeError:
+            failure = "No thread can be started."
         if failure:
             raise Problem(503, failure, alive=True, ready=False)
         resp.media = {"alive": True, "ready": True}

@@ -90,6 +90,11 @@ def post(server, body, stream="messages", **headers):
         return json.loads(data)
 
 
+def get(server, path):
+    with contextlib.closing(server.connect()) as connection:
+        return send(connection, "GET", path)[2]
+
+
 def post_many(server, number, stream="messages", first=0):
     lines = "".join(f'{{"n": {n}}}\n' for n in range(first, first + number))
     return post(server, lines, stream, Content_Type="application/x-ndjson")
@@ -98,7 +103,7 @@ def post_many(server, number, stream="messages", first=0):
 def enter(page: Page, url: str, token: str = TOKEN) -> None:
     page.goto(url)
     page.get_by_label("Token").fill(token)
-    page.get_by_role("button", name="Look").click()
+    page.get_by_role("button", name="Show", exact=True).click()
 
 
 def cells(page: Page, row: int) -> list[str]:
@@ -269,29 +274,33 @@ def test_a_message_is_sent_and_a_refused_one_says_where_and_why(page, server):
     enter(page, f"{server.url}/#readings")
     page.get_by_text("Send a message").click()
     message, sent = page.get_by_label("Message, as JSON"), page.locator("#sent")
-    send_it = page.get_by_role("button", name="Send", exact=True)
+
+    def send_it():
+        page.wait_for_timeout(600)  # a second click right after the first is not meant
+        page.get_by_role("button", name="Send", exact=True).click()
+
     message.fill('{"sensor": "😀", "value": 1.10}')
-    send_it.click()
-    expect(sent).to_contain_text("201: stored with id 1")
+    send_it()
+    expect(sent).to_contain_text("/1 at 2")
     expect(page.locator("#rows button").first).to_have_text("1")
-    send_it.click()
-    expect(sent).to_contain_text("201: stored with id 2")  # a key of its own
+    send_it()
+    expect(sent).to_contain_text("/2 at 2")  # a key of its own
     message.fill('{"sensor": "😀",\n "värde😀": nul}')
-    send_it.click()
+    send_it()
     expect(sent).to_contain_text("line 2 column 12")
     message.fill('{"value": 60}')
-    send_it.click()
+    send_it()
     expect(sent).to_have_text("422: value must be below 60")
     message.fill('{"value": 3}')
     with database_of(server) as db:
         assert [key is not None for (key,) in db.execute("SELECT key FROM readings")] == [True, True]
         db.execute("BEGIN IMMEDIATE")
-        send_it.click()
+        send_it()
         expect(sent).to_contain_text("503: Another program is writing to the database.")
         expect(page.locator("#health")).to_contain_text("A write takes too long.")
         db.execute("ROLLBACK")
-    send_it.click()
-    expect(sent).to_contain_text("201: stored with id 3")
+    send_it()
+    expect(sent).to_contain_text("/3 at 2")
     with database_of(server) as db:
         assert db.execute("SELECT count(*) FROM readings").fetchone() == (3,)
 
@@ -314,8 +323,9 @@ def test_a_message_whose_answer_is_lost_is_stored_once(page, server):
         "No answer: The service does not answer. If you send it again, it is stored once."
     )
     page.unroute("**/messages")
+    page.wait_for_timeout(600)
     page.get_by_role("button", name="Send", exact=True).click()
-    expect(page.locator("#sent")).to_contain_text("201: stored with id 1")
+    expect(page.locator("#sent")).to_contain_text("/1 at 2")
     with database_of(server) as db:
         assert db.execute("SELECT count(*) FROM messages").fetchone() == (1,)
 
@@ -349,8 +359,9 @@ def test_an_answer_that_is_not_of_the_service_is_no_201_and_the_key_stays(odd, p
     page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator("#sent")).to_contain_text("If you send it again, it is stored once.")
     page.unroute("**/messages")
+    page.wait_for_timeout(600)
     page.get_by_role("button", name="Send", exact=True).click()
-    expect(page.locator("#sent")).to_contain_text("201: stored with id 1")
+    expect(page.locator("#sent")).to_contain_text("/1 at 2")
 
 
 def test_of_two_clicks_at_once_one_sends(page, server):
@@ -364,7 +375,13 @@ def test_of_two_clicks_at_once_one_sends(page, server):
     page.wait_for_timeout(500)
     assert len(held) == 1
     held[0].continue_()
-    expect(page.locator("#sent")).to_contain_text("201: stored with id 1")
+    expect(page.locator("#sent")).to_contain_text("/1 at 2")
+    page.unroute("**/messages")
+    page.wait_for_timeout(600)
+    page.get_by_role("button", name="Send", exact=True).dblclick(delay=120)
+    expect(page.locator("#sent")).to_contain_text("/2 at 2")
+    page.wait_for_timeout(1000)
+    assert len(json.loads(get(server, "/messages"))["messages"]) == 2
 
 
 def test_what_comes_late_for_another_token_is_dropped(page, server):
@@ -382,7 +399,7 @@ def test_what_comes_late_for_another_token_is_dropped(page, server):
     while not held:
         page.wait_for_timeout(20)
     page.get_by_label("Token").fill("other-token")
-    page.get_by_role("button", name="Look").click()
+    page.get_by_role("button", name="Show", exact=True).click()
     expect(page.locator("#names a")).to_have_text(["messages"])  # at once, although the other has no answer yet
     for route in held:
         route.continue_()
@@ -416,7 +433,7 @@ def test_names_of_fields_that_mean_something_in_a_browser(page, tmp_path):
         assert [page.locator(f"#field-{n}").input_value() for n in range(5)] == [""] * 5
         page.get_by_label("__proto__").fill("x")
         page.get_by_role("button", name="Show", exact=True).click()
-        expect(page.locator("#end")).to_have_text("There are no messages.")
+        expect(page.locator("#end")).to_have_text("No message fits the filter.")
         page.get_by_label("__proto__").fill("__proto__")
         page.get_by_role("button", name="Show", exact=True).click()
         expect(page.locator("#rows button")).to_have_text(["1"])
@@ -447,6 +464,67 @@ def test_no_text_freezes_the_page(page, server):
     page.get_by_role("button", name="1", exact=True).click()
     expect(page.locator("#rows pre")).to_have_count(0)
     assert time.monotonic() - started < 8
+
+
+def test_a_view_is_shown_as_it_is_now_also_if_its_last_id_takes_long_to_find(page, tmp_path):
+    latest = (
+        "CREATE VIEW latest AS SELECT * FROM readings WHERE id IN (SELECT max(id) FROM readings GROUP BY sensor);\n"
+    )
+    rare = (
+        "CREATE VIEW rare AS SELECT * FROM readings WHERE body -> 'n' = '7' AND length(printf('%.*c', 20000, 'x')) > 0;"
+    )
+    database(tmp_path, stream_sql("readings", ", sensor TEXT AS (body ->> 'sensor')") + latest + rare)
+    with contextlib.closing(Server(tmp_path)) as server:
+        for sensor in ("a", "b", "a", "a", "b"):
+            post(server, f'{{"sensor": "{sensor}"}}', "readings")
+        enter(page, f"{server.url}/#latest")
+        expect(page.locator("#rows button")).to_have_text(["5", "4"])
+        post(server, '{"sensor": "a"}', "readings")
+        expect(page.locator("#rows button")).to_have_text(["6", "5"])
+        with database_of(server) as db:
+            db.execute("""WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 200000)
+                INSERT INTO readings (received_at, client, body) SELECT 'now', 'c', '{"n": ' || n || '}' FROM c""")  # fmt: skip
+        assert json.loads(get(server, "/"))["views"]["rare"]["last_id"] is None
+        page.get_by_role("link", name="rare").click()
+        expect(page.locator("#rows button")).to_have_text(["13"], timeout=60_000)
+
+
+def test_a_backup_that_was_restored_is_noticed(page, server):
+    post_many(server, 20)
+    enter(page, server.url)
+    expect(page.locator("#rows button").first).to_have_text("20")
+    with database_of(server) as db:
+        db.execute("DELETE FROM messages WHERE id > 3")
+        db.execute("UPDATE sqlite_sequence SET seq = 3 WHERE name = 'messages'")
+    post(server, "1")
+    expect(page.locator("#rows button")).to_have_text(["4", "3", "2", "1"])
+
+
+def test_a_slow_report_holds_up_no_other_stream(page, tmp_path):
+    endless = "CREATE VIEW endless AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) AS n FROM n;"
+    database(tmp_path, stream_sql("messages") + endless)
+    with contextlib.closing(Server(tmp_path)) as server:
+        post(server, "1")
+        enter(page, f"{server.url}/#endless")
+        expect(page.locator("#end")).to_have_text("Looking…")
+        started = time.monotonic()
+        page.get_by_role("link", name="messages").click()
+        expect(page.locator("#rows button")).to_have_text(["1"])
+        assert time.monotonic() - started < 5
+
+
+def test_older_messages_stay_while_others_come(page, server):
+    post_many(server, 200)
+    enter(page, server.url)
+    expect(page.locator("#rows button").first).to_have_text("200")
+    page.get_by_role("button", name="Older messages").click()
+    expect(page.locator("#end")).to_have_text("50 older ones were added")
+    for n in range(5):
+        post_many(server, 50, first=200 + n * 50)
+        page.wait_for_timeout(300)
+    expect(page.locator("#newer")).to_have_text("Show 250 newer messages")
+    assert ids(page) == list(range(200, 100, -1))
+    expect(page.locator("#end")).to_have_text("50 older ones were added")
 
 
 def test_what_to_do_with_a_revoked_token_a_missing_grant_and_a_wrong_one(page, server, tmp_path):
@@ -622,7 +700,7 @@ def test_everybody_can_use_it(width, scheme, page, server):
     check()
     page.get_by_role("link", name="sensors").focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#end")).to_have_text("1 rows")
+    expect(page.locator("#end")).to_have_text("Rows: 1")
     check()
 
 
