@@ -18,7 +18,7 @@ ROUTES
     GET  /{stream}/{id}  one message
     GET  /{view}         the same for a view with the message columns; {"rows": […]} for any other view
     GET  /               the streams and views that this client may use, and the version; for a browser, page.html
-    GET  /healthz        can a message be written now?  (the one route that needs no token)
+    GET  /healthz        can a message be written now?  (needs no token)
     GET  /metrics        how it is doing, for Prometheus
 
 GUARANTEES
@@ -156,19 +156,26 @@ class LazyApplication:
         os.register_at_fork(before=self._lock.acquire, after_in_parent=unlock, after_in_child=unlock)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        process, arrived_at = os.getpid(), time.monotonic()
         try:
-            with self._lock if process not in self._apps else contextlib.nullcontext():
-                if arrived_at < self._failed_at:  # what has failed meanwhile would take as long again
-                    raise self._failure
-                app = self._apps[process] = self._apps.get(process) or self._make(environ)
+            app = self._apps.get(os.getpid()) or self._make_once(environ)
         except SetupError as error:
-            self._failed_at, self._failure = time.monotonic(), error
             log.critical("%s", error)
             status, headers, content = Problem(503, "The service is not set up; its log says why.").answer()
             start_response(status, headers)
             return [content]
         return app(environ, start_response)
+
+    def _make_once(self, environ: dict[str, Any]) -> falcon.App:
+        process, arrived_at = os.getpid(), time.monotonic()
+        with self._lock:
+            if arrived_at < self._failed_at:  # what has failed meanwhile would take as long again
+                raise self._failure
+            try:
+                self._apps[process] = self._apps.get(process) or self._make(environ)
+            except SetupError as error:
+                self._failed_at, self._failure = time.monotonic(), error
+                raise
+            return self._apps[process]
 
     def _make(self, environ: dict[str, Any]) -> falcon.App:
         if "uwsgi.version" in environ:
@@ -1365,7 +1372,7 @@ SCHEMES = {
 
 
 class Clients:
-    """Falcon middleware: every path except /healthz needs a token, also a path that does not exist.
+    """Falcon middleware: every path except /healthz needs a token, also a path that does not exist. (See Page for /.)
 
     The clients table is kept in memory, so that a request costs no SQL for its token.
     """

@@ -209,7 +209,7 @@ def test_everybody_has_a_503_within_ten_seconds_of_arriving_at_a_locked_database
         Ledger(server.connect).must_answer(2)
 
 
-# Each row costs about 30 µs of plain computing; what is the same for all rows, SQLite would compute once.
+# Each row costs about 20 µs of plain computing; what is the same for all rows, SQLite would compute once.
 SLOW = stream_sql(
     "messages", ", slow INTEGER AS (instr(printf('%.*c', 2000, 'x'), printf('%.*c', 1000, 'x') || (body ->> 'n')))"
 )

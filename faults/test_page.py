@@ -106,6 +106,19 @@ def enter(page: Page, url: str, token: str = TOKEN) -> None:
     page.get_by_role("button", name="Show", exact=True).click()
 
 
+def replace_the_answer(page: Page, answer) -> None:
+    """The service takes each POST from now on, and the page gets another answer."""
+
+    def take(route):
+        if route.request.method == "POST":
+            route.fetch()
+            answer(route)
+        else:
+            route.continue_()
+
+    page.route("**/messages", take)
+
+
 def cells(page: Page, row: int) -> list[str]:
     return page.locator("#rows > tr:not(.detail)").nth(row).locator("td").all_text_contents()
 
@@ -309,15 +322,7 @@ def test_a_message_whose_answer_is_lost_is_stored_once(page, server):
     enter(page, server.url)
     page.get_by_text("Send a message").click()
     page.get_by_label("Message, as JSON").fill("1")
-
-    def lose_the_answer(route):
-        if route.request.method == "POST":
-            route.fetch()
-            route.abort()
-        else:
-            route.continue_()
-
-    page.route("**/messages", lose_the_answer)
+    replace_the_answer(page, lambda route: route.abort())
     page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator("#sent")).to_contain_text(
         "No answer: The service does not answer. If you send it again, it is stored once."
@@ -347,15 +352,7 @@ def test_an_answer_that_is_not_of_the_service_is_no_201_and_the_key_stays(odd, p
     enter(page, server.url)
     page.get_by_text("Send a message").click()
     page.get_by_label("Message, as JSON").fill("1")
-
-    def answer(route):
-        if route.request.method == "POST":
-            route.fetch()
-            route.fulfill(**odd)
-        else:
-            route.continue_()
-
-    page.route("**/messages", answer)
+    replace_the_answer(page, lambda route: route.fulfill(**odd))
     page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator("#sent")).to_contain_text("If you send it again, it is stored once.")
     page.unroute("**/messages")

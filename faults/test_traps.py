@@ -275,7 +275,7 @@ def test_a_child_that_outlives_a_killed_parent_does_not_keep_the_lock(tmp_path):
     """The parent serves, forks a child that only sleeps, and is killed while it waits for SQLite inside of its turn."""
     path = database(tmp_path)
     code = """
-import os, signal, sqlite3, sys, threading, time, falcon.testing, service
+import os, sys, threading, time, falcon.testing, service
 client = falcon.testing.TestClient(service.application)
 headers = {"Authorization": "Bearer " + sys.argv[1], "Content-Type": "application/json"}
 post = lambda: client.simulate_post("/messages", body="1", headers=headers)
