@@ -184,7 +184,7 @@ class LazyApplication:
             if not {"enable-threads", "threads"} & {os.fsdecode(name) for name in uwsgi.opt}:
                 raise SetupError("uWSGI runs no threads of Python: set enable-threads = true")
         settings = settings_from({})
-        store = Store(settings.database, read_schema(settings.schema))
+        store = Store(database_at(settings.database), read_schema(settings.schema))
         store.open()
         return create_app(store, Clients(store, settings.cors), settings.max_body, settings.cors)
 
@@ -214,7 +214,9 @@ class Settings:
     listen: str = setting(
         "--listen", "127.0.0.1:8080", rf"unix:.+|.+:({UP_TO_65535})", "HOST:PORT, [IPV6]:PORT or unix:PATH"
     )
-    database: Path = setting("--database", Path("inlet.db"), ".+", "the path of the SQLite file")
+    database: str = setting(
+        "--database", "inlet.db", ".+", "the path of the SQLite file, or http://HOST:PORT,… of rqlite"
+    )
     schema: Path = setting("--schema", Path(__file__).with_name("schema.sql"), ".+", "the path of the streams' file")
     threads: int = setting("--threads", 8, r"[1-9]\d{0,2}", "the number of threads that read, 1 to 999")
     max_body: int = setting(
@@ -326,14 +328,14 @@ def plain(sql: str) -> str:
     return " ".join(normal(sql))
 
 
-def columns_of(db: sqlite3.Connection, table: str) -> dict[str, sqlite3.Row]:
+def columns_of(db: sqlite3.Connection, table: str) -> dict[str, dict[str, Any]]:
     """Return the rows of https://www.sqlite.org/pragma.html#pragma_table_xinfo by the folded names of the columns.
 
     Their `hidden` is over 1 if the column is generated.
     """
-    cursor = db.cursor()
-    cursor.row_factory = sqlite3.Row
-    return {fold(row["name"]): row for row in cursor.execute(f"PRAGMA main.table_xinfo({quoted(table)})")}
+    names = ("cid", "name", "type", "notnull", "dflt_value", "pk", "hidden")
+    rows = db.execute(f"PRAGMA main.table_xinfo({quoted(table)})")
+    return {fold(row[1]): dict(zip(names, row, strict=True)) for row in rows}
 
 
 class SchemaObject(NamedTuple):
@@ -387,16 +389,23 @@ class Stream:
         return f'INSERT INTO "{self.name}" (received_at, client, key, body{more}) VALUES (?, ?, ?, ?{value})'
 
     @cached_property
-    def selected(self) -> str:
-        """The SQL that a page selects from it, as t. A view can have anything in its columns."""
+    def selected(self) -> list[str]:
+        """The SQL of what a page selects from it, as t. A view can have anything in its columns."""
         if self.takes:
-            return "t.id, t.received_at, t.client, t.key, CAST(t.body AS BLOB)" + ", t.headers" * self.has_headers
+            return [
+                "t.id",
+                "t.received_at",
+                "t.client",
+                "t.key",
+                "CAST(t.body AS BLOB)",
+                *["t.headers"] * self.has_headers,
+            ]
         if not self.has_ids:
-            return "t.*"
+            return [f"t.{quoted(name)}" for name in self.fields]
         texts = [f"CAST(ifnull(t.{name}, '') AS TEXT)" for name in ("received_at", "client")]
         casts = [f"CAST(t.{name} AS TEXT)" for name in (("body", "headers") if self.has_headers else ("body",))]
         jsons = [f"iif(json_valid({cast}), {cast}, json_quote({cast}))" for cast in casts]
-        return f"CAST(t.id AS INTEGER), {', '.join(texts)}, CAST(t.key AS TEXT), {', '.join(jsons)}"
+        return ["CAST(t.id AS INTEGER)", *texts, "CAST(t.key AS TEXT)", *jsons]
 
     @property
     def explain(self) -> tuple[str, tuple]:
@@ -552,7 +561,7 @@ def require_route(made: SchemaObject, columns: Iterable[str], parameters: list[s
         raise SetupError(f"{made}: GET has a parameter {folded}; name the column otherwise")
 
 
-def fields_of(columns: Iterable[sqlite3.Row]) -> dict[str, bool]:
+def fields_of(columns: Iterable[dict[str, Any]]) -> dict[str, bool]:
     return {column["name"]: column["type"].upper() not in ("", "ANY", "BLOB") for column in columns}
 
 
@@ -671,9 +680,9 @@ class Store:
     COMMIT, and this gives 63 (bench/threads.py). A server that has no thread for each entry calls put() and write().
     """
 
-    def __init__(self, path: Path, schema: Schema, clock: Callable[[], str] = utc_now):
+    def __init__(self, database: "Database", schema: Schema, clock: Callable[[], str] = utc_now):
         self.schema = schema
-        self.database = Database(path)
+        self.database = database
         self.queue: list[Entry] = []  # entries that nobody writes yet
         self.statistics = Statistics([stream.name for stream in schema.streams.values() if stream.takes])
         self._clock = clock
@@ -688,12 +697,12 @@ class Store:
 
         Returns True if it was made, together with the client `default`, if a token for it is given.
         """
-        path = self.database.path
+        digest, database = digest_of(default_token), self.database
+        database.require(self.schema)
         try:
-            with alone(path, "rwc") as db:
+            with database.alone("rwc") as db:
                 if db.execute("PRAGMA encoding").fetchone() != ("UTF-8",):
-                    raise SetupError(f"{path} is not in UTF-8: copy it into a new database")
-                db.execute("PRAGMA journal_mode = WAL")
+                    raise SetupError(f"{database} is not in UTF-8: copy it into a new database")
                 made = not schema_objects(db)
                 db.execute("BEGIN IMMEDIATE")
                 touch(db)  # which fails now, where each message would fail later
@@ -702,16 +711,16 @@ class Store:
                     for statement in self.schema.statements:
                         db.execute(statement)
                     if default_token:
-                        row = ("default", digest_of(default_token), "write read", utc_now(), None, None)
-                        db.execute(ADD_CLIENT, row)
+                        db.execute(ADD_CLIENT, ("default", digest, "write read", utc_now(), None, None))
                 db.execute("COMMIT")
                 found = differences(db, self.schema)
-            sync_directory(path.parent)  # else a power cut could lose the new file and its messages
+                if made and default_token:  # on a cluster, another process may have been first
+                    made = bool(db.execute("SELECT 1 FROM clients AS c WHERE c.token = ?", (digest,)).fetchone())
         except (sqlite3.Error, OSError) as error:
-            raise SetupError(f"{path} cannot be opened: {error}") from None
+            raise SetupError(f"{database} cannot be opened: {error}") from None
         if any(is_serious for _, is_serious in found):
             told = "; ".join(text for text, _ in found)
-            raise SetupError(f"{path} differs from the schema ({told}): run migrate")
+            raise SetupError(f"{database} differs from the schema ({told}): run migrate")
         for text, _ in found:
             log.warning("%s: run migrate", text)
         return made
@@ -790,8 +799,8 @@ class Store:
             with self.database.transaction(deadline) as db:
                 with self._mutex:
                     group, self.queue = self.queue, []
-                received_at = self._clock()
-                written = [self._insert(db, entry, received_at) for entry in group]
+                inserted = self.database.insert(db, group, self._clock())
+                written = [self._result(db, *each) for each in zip(group, inserted, strict=True)]
             results = written
         except (sqlite3.Error, OSError, MemoryError) as error:
             failure = error
@@ -812,40 +821,23 @@ class Store:
                 new = [each for each in results if isinstance(each, Stored) and not each.replayed]
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
 
-    def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
-        """Insert the rows of an entry. A refusal undoes only this entry. An error that undid more is raised."""
-        if not entry.bodies:
-            touch(db)
-            return Stored(0, 0, received_at, 0)
-        try:
-            if entry.batch:
-                db.execute("SAVEPOINT batch")
-            values = (received_at, entry.client, entry.key, entry.bodies[0], *entry.headers)
-            first = last = db.execute(entry.stream.insert, values).lastrowid
-            if entry.batch:
-                db.executemany(entry.stream.insert, rows_after_the_first(entry, received_at))
-                (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
-                db.execute("RELEASE batch")
-            return Stored(first, last, received_at, len(entry.bodies))
-        except (sqlite3.Error, MemoryError) as error:
-            # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
-            # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
-            if not db.in_transaction:
-                raise
-            if entry.batch:
-                db.execute("ROLLBACK TO batch")
-                db.execute("RELEASE batch")
-            return self._replay(db, entry) or self._refusal(db, entry, error)
+    def _result(self, db: sqlite3.Connection, entry: Entry, inserted: Stored | Exception) -> Stored | Problem:
+        """Return the result of an entry: that it is stored, what its key has stored before, or a refusal."""
+        if isinstance(inserted, Stored):
+            return inserted
+        return self._replay(db, entry) or self._refusal(entry, inserted)
 
     def _replay(self, db: sqlite3.Connection, entry: Entry) -> Stored | Problem | None:
         """Return what was stored under the key of an entry, a Problem if that was something else, or None."""
         if entry.key is None:
             return None
+        # "!" follows the space
+        keys = {"client": entry.client, "key": entry.key, "first": key_of_line(entry.key, ""), "end": entry.key + "!"}
         rows = db.execute(
             f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
-            " WHERE t.client COLLATE BINARY = ? AND (t.key COLLATE BINARY = ?"
-            " OR t.key COLLATE BINARY > ? AND t.key COLLATE BINARY < ?) ORDER BY t.id",
-            (entry.client, entry.key, key_of_line(entry.key, ""), entry.key + "!"),  # "!" follows the space
+            " WHERE t.client COLLATE BINARY = :client AND (t.key COLLATE BINARY = :key"
+            " OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end) ORDER BY t.id",
+            keys,
         ).fetchall()
         sent = {key_of_line(entry.key, line): body for line, body in enumerate(entry.bodies, 1)}
         stored = {key: body for _, _, key, body in rows}
@@ -854,19 +846,15 @@ class Store:
         or_deleted = ", or some of its messages have been deleted since" if stored.items() <= sent.items() else ""
         return Problem(422, f"This Idempotency-Key was used before, with another body{or_deleted}.") if stored else None
 
-    def _refusal(self, db: sqlite3.Connection, entry: Entry, error: Exception) -> Problem:
+    def _refusal(self, entry: Entry, error: Exception) -> Problem:
         """Return why an entry was not inserted: a rule that it breaks, or a fault of the database."""
         said, name = str(error), getattr(error, "sqlite_errorname", "")
         if said.startswith("cannot store "):  # Python 3.11 has no name for it
             name = "SQLITE_CONSTRAINT_DATATYPE"
-        try:
-            # Can any message be inserted? The text is new each time: SQLite looks at the tables when it compiles.
-            compiled, values = entry.stream.explain
-            db.execute(f"{compiled} -- {time.monotonic_ns()}", values)
-            status, words = REFUSALS[name]
-        except (sqlite3.Error, KeyError):
+        if name not in REFUSALS:
             log.error("a message for %s could not be stored: %s: %s", entry.stream.name, name, error)
             return storage_problem(error)
+        status, words = REFUSALS[name]
         text = re.sub(rf"\b{entry.stream.name}\.", "", said, flags=re.IGNORECASE)
         words = words.format(said=said, text=text, subject=text.rpartition(": ")[2].removeprefix("index "))
         members = {"stream": entry.stream.name} | ({"line": entry.line} if entry.batch else {})
@@ -895,20 +883,9 @@ class Store:
         for number, (column, text) in enumerate(filters.items()):
             conditions += f" AND {condition(stream, column, f':value{number}')}"
             values[f"value{number}"] = text
-        sql = (
-            f'SELECT {stream.selected} FROM "{stream.name}" AS t WHERE {conditions}{" ORDER BY t.id" * stream.has_ids}'
-            " LIMIT :limit"
-        )
-        began = time.monotonic()
-
-        def give_up() -> bool:
-            taken_s = time.monotonic() - began
-            return (
-                taken_s > READ_TIMEOUT_S or (taken_s > 1 and abandoned()) or (taken_s > 0.3 and self.database.closing)
-            )
-
+        sql, began = self.database.page_sql(stream, conditions), time.monotonic()
         try:
-            with self.database.reader(give_up) as db:
+            with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
                 # SQL makes text that is not UTF-8 out of a lone surrogate.
                 db.text_factory = str if stream.takes else partial(str, encoding="utf-8", errors="replace")
                 yield from db.execute(sql, values)
@@ -939,8 +916,7 @@ class Store:
         sql, values = "SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = ?", (stream.name,)
         if not stream.takes:
             sql, values = f'SELECT CAST(t.id AS INTEGER) FROM "{stream.name}" AS t ORDER BY t.id DESC LIMIT 1', ()
-        until = time.monotonic() + 0.2
-        with contextlib.suppress(sqlite3.DatabaseError), self.database.reader(lambda: time.monotonic() > until) as db:
+        with contextlib.suppress(sqlite3.DatabaseError), self.database.reader(0.2) as db:
             return (db.execute(sql, values).fetchone() or (0,))[0]
 
     def message(self, stream: Stream, message_id: int) -> tuple | None:
@@ -967,10 +943,20 @@ def condition(stream: Stream, column: str, value: str) -> str:
     return f"t.{quoted(column)} IN ({value}, iif(json_valid({value}), {number}, {value}))"
 
 
-# ==================== The engine: open, commit, query and close one SQLite file =====================
+# ==================== The engine: open, insert, query and close one SQLite file =====================
 
 LARGE_WAL_BYTES = 16 * 1024 * 1024  # it is about 4 MiB if no reader stays for long
 SQLITE_STEPS = 10_000  # between two looks at the clock: less than 10 ms
+
+
+def database_at(where: str) -> "Database":
+    """Return the engine for the setting --database. That of rqlite is loaded only if it is used."""
+    if not where.startswith(("http://", "https://")):
+        return Database(Path(where))
+    sys.modules.setdefault("service", sys.modules[__name__])  # `python service.py` runs this file as __main__
+    from cluster.rqlite import Cluster
+
+    return Cluster(where)
 
 
 def connect(path: Path, mode: str, busy_timeout_s: float) -> sqlite3.Connection:
@@ -1020,23 +1006,6 @@ def locked(file: IO, deadline: float) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-@contextlib.contextmanager
-def alone(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
-    """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError."""
-    if mode == "rw" and not path.is_file():
-        raise SetupError(f"there is no database {path}: the service makes it, by its first start or its first request")
-    path, deadline = path.resolve(), time.monotonic() + BUSY_TIMEOUT_S
-    if not path.parent.is_dir():
-        raise SetupError(f"there is no folder {path.parent} for the database {path.name}")
-    if mode == "rwc":
-        # Only its owner may read what has secrets. A file that is there must not be opened: to close it would take
-        # SQLite's locks from this process (https://www.sqlite.org/howtocorrupt.html, 2.2).
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode=0o600))
-    with lock_file(path) as file, locked(file, deadline), contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db:
-        yield db
-
-
 class Database:
     """One SQLite file: a connection that writes, and a pool of connections that read and never wait for a writer."""
 
@@ -1053,6 +1022,36 @@ class Database:
         self.closing = 0  # threads that wait to close all connections
         # A child would inherit locks of SQLite, and files that are locked. So all is closed while a process forks.
         os.register_at_fork(before=self._close_all, after_in_parent=self._reopen, after_in_child=self._reopen_in_child)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def require(self, schema: Schema) -> None:
+        """Raise SetupError if it cannot keep a rule of schema.sql: it can keep them all."""
+
+    @contextlib.contextmanager
+    def alone(self, mode: str = "rw") -> Iterator[sqlite3.Connection]:
+        """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError."""
+        path, deadline = self.path, time.monotonic() + BUSY_TIMEOUT_S
+        if mode == "rw" and not path.is_file():
+            hint = "the service makes it, by its first start or its first request"
+            raise SetupError(f"there is no database {path}: {hint}")
+        if not path.parent.is_dir():
+            raise SetupError(f"there is no folder {path.parent} for the database {path.name}")
+        if mode == "rwc":
+            # Only its owner may read what has secrets. A file that is there must not be opened: to close it would take
+            # SQLite's locks from this process (https://www.sqlite.org/howtocorrupt.html, 2.2).
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode=0o600))
+        with lock_file(path) as file, locked(file, deadline):
+            with contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db:
+                if mode == "rwc":
+                    db.execute("PRAGMA journal_mode = WAL")
+                yield db
+            if mode == "rwc":
+                sync_directory(path.parent)  # else a power cut could lose the new file and its messages
+
+    to_migrate = alone
 
     @contextlib.contextmanager
     def _in_use(self, deadline: float) -> Iterator[None]:
@@ -1115,6 +1114,40 @@ class Database:
                 self._close_writer()
                 raise
 
+    def insert(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Exception]:
+        """Insert the rows of entries in a transaction. An error undoes only its entry, or it is raised."""
+        return [self._insert(db, entry, received_at) for entry in entries]
+
+    def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Exception:
+        if not entry.bodies:
+            touch(db)
+            return Stored(0, 0, received_at, 0)
+        try:
+            if entry.batch:
+                db.execute("SAVEPOINT batch")
+            values = (received_at, entry.client, entry.key, entry.bodies[0], *entry.headers)
+            first = last = db.execute(entry.stream.insert, values).lastrowid
+            if entry.batch:
+                db.executemany(entry.stream.insert, rows_after_the_first(entry, received_at))
+                (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
+                db.execute("RELEASE batch")
+            return Stored(first, last, received_at, len(entry.bodies))
+        except (sqlite3.Error, MemoryError) as error:
+            # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
+            # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
+            if not db.in_transaction:
+                raise
+            if entry.batch:
+                db.execute("ROLLBACK TO batch")
+                db.execute("RELEASE batch")
+            try:
+                # Can any message be inserted? The text is new each time: SQLite looks at the tables when it compiles.
+                compiled, values = entry.stream.explain
+                db.execute(f"{compiled} -- {time.monotonic_ns()}", values)
+            except sqlite3.Error as fault:
+                return sqlite3.DatabaseError(f"no message can be inserted: {fault}")
+            return error
+
     def close(self) -> None:
         """Close the connections; the WAL goes into the database."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
@@ -1156,9 +1189,23 @@ class Database:
         close_each([self._writer])
         self._writer = None
 
+    @staticmethod
+    def page_sql(stream: Stream, conditions: str) -> str:
+        """Return the SQL of a page; the parameter :limit is the number of its rows."""
+        order = " ORDER BY t.id" if stream.has_ids else ""
+        return f'SELECT {", ".join(stream.selected)} FROM "{stream.name}" AS t WHERE {conditions}{order} LIMIT :limit'
+
     @contextlib.contextmanager
-    def reader(self, give_up: Callable[[], bool] | None = None) -> Iterator[sqlite3.Connection]:
-        """Lend a connection for a query. If give_up() says so, the query ends with the error SQLITE_INTERRUPT."""
+    def reader(
+        self, limit_s: float = READ_TIMEOUT_S, abandoned: Callable[[], bool] = lambda: False
+    ) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for a query. After limit_s, or if nobody waits for it, it ends with SQLITE_INTERRUPT."""
+        began = time.monotonic()
+
+        def give_up() -> bool:
+            taken_s = time.monotonic() - began
+            return taken_s > limit_s or (taken_s > 1 and abandoned()) or (taken_s > 0.3 and self.closing > 0)
+
         with self._in_use(time.monotonic() + BUSY_TIMEOUT_S):
             db, file = None, None
             with contextlib.suppress(IndexError):
@@ -1176,6 +1223,22 @@ class Database:
             finally:
                 if file:
                     self._readers.append((db, file))
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of its files, by the names of the metrics."""
+        sizes = [identity_and_size(path)[1] for path in self._paths]
+        return {"database_bytes": sizes[0], "wal_bytes": sizes[1]}
+
+    def copy_to(self, target: str) -> None:
+        """Write a copy of what it is at this moment to a file."""
+        if not self.path.is_file():
+            raise SetupError(f"there is no database {self}")
+        os.chmod(target, self.path.stat().st_mode)
+        closing = contextlib.closing
+        with closing(connect(self.path, "ro", BUSY_TIMEOUT_S)) as source, closing(sqlite3.connect(target)) as copy:
+            source.execute("BEGIN")  # one snapshot for all steps: else they would start again at every write
+            source.execute("SELECT 1 FROM sqlite_schema").fetchall()
+            source.backup(copy, pages=10_000, progress=lambda _, left, of: show(f"{left} of {of} pages left"))
 
 
 def identity_and_size(path: str | Path) -> tuple[tuple[int, int] | None, int]:
@@ -1301,6 +1364,7 @@ class Statistics:
 # ==================== Clients: who may come in ======================================================
 
 CLIENTS_REFRESH_S = 0.8  # how soon every process knows of a new or a revoked token
+CLIENTS_TIMEOUT_S = 1.0  # to read them, for the server's loop waits
 CLIENTS_RETRY_S = 0.05  # after they could not be read, or after a token was not among them
 CLIENTS_TABLE = """CREATE TABLE clients (
     name    TEXT NOT NULL,
@@ -1466,7 +1530,7 @@ class Clients:
         """Read the clients table again. Returns the error, if any; then nobody gets in until a read works."""
         by_digest, signers, self._failure = {}, {}, None
         try:
-            with self._database.reader() as db:
+            with self._database.reader(CLIENTS_TIMEOUT_S) as db:
                 rows = db.execute("SELECT c.name, c.token, c.can, c.signs, c.secret FROM clients AS c").fetchall()
             for name, digest, can, signs, secret in rows:
                 client = Client(name, frozenset(can.lower().split()))
@@ -1968,7 +2032,7 @@ class MetricsResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.client.require("read")
-        store, path = self._store, self._store.database.path
+        store = self._store
         used = resource.getrusage(resource.RUSAGE_SELF)
         last_ids = {each.name: store.last_id(each) for each in store.schema.streams.values() if each.takes}
         messages = [({"stream": name}, last_id) for name, last_id in last_ids.items() if last_id is not None]
@@ -1977,8 +2041,7 @@ class MetricsResource:
             ("build_info", "gauge", "The versions that run.", [(about, 1)]),
             ("messages_total", "counter", "Messages that were stored, by all processes.", messages),
             ("waiting", "gauge", "Messages that wait for a COMMIT.", [({}, len(store.queue))]),
-            ("database_bytes", "gauge", "The size of the database.", [({}, identity_and_size(path)[1])]),
-            ("wal_bytes", "gauge", "The size of its WAL.", [({}, identity_and_size(f"{path}-wal")[1])]),
+            *((name, "gauge", "The size of a file.", [({}, size)]) for name, size in store.database.sizes().items()),
             *store.statistics.families(),
         ]
         process = [
@@ -2637,13 +2700,14 @@ class BrokenRules(Exception):
     """Old messages break a new rule. The text names the rules and the ids, a line for each rule."""
 
 
-def migrate(path: Path, schema: Schema) -> list[str]:
+def migrate(database: Database, schema: Schema) -> list[str]:
     """Give a database the tables of schema.sql, in one transaction, and return what was changed.
 
     A table that differs is made anew and its columns are copied; what is generated computes itself. Ids stay as they
     are, and used ones stay used. Raises BrokenRules or SetupError, having changed nothing.
     """
-    with alone(path) as db:
+    database.require(schema)
+    with database.to_migrate() as db:
         db.execute("PRAGMA foreign_keys = OFF")  # they are checked at the end
         db.execute("BEGIN IMMEDIATE")
         changes = [text for text, _ in differences(db, schema)]
@@ -2762,10 +2826,10 @@ class Migration:
 
     def _drop_keeping_used_ids(self, table: str, new_name: str = "") -> None:
         """Drop a table, but keep what AUTOINCREMENT knows of it: https://www.sqlite.org/autoinc.html"""
-        used = self._db.execute("SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = ?", (table,)).fetchone()
+        rename, kept = "UPDATE sqlite_sequence SET name = ? WHERE name = ?", f"{table} before migrate"
+        self._db.execute(rename, (kept, table))
         self._db.execute(f"DROP TABLE {quoted(table)}")
-        if used:
-            self._db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (new_name or table, used[0]))
+        self._db.execute(rename, (new_name or table, kept))
 
 
 def rules_for_rows(objects: Objects, table: str) -> tuple:
@@ -2774,8 +2838,8 @@ def rules_for_rows(objects: Objects, table: str) -> tuple:
     return normal(objects["table", table].sql), sorted(normal(index.sql) for index in mine)
 
 
-def backup(path: Path, target: Path, replace: bool = False) -> None:
-    """Copy the database as it is at one moment, while others write to it; SetupError if target cannot be made.
+def backup(database: Database, target: Path, replace: bool = False) -> None:
+    """Copy a database as it is at one moment, while others write to it; SetupError if target cannot be made.
 
     target comes into being, or is replaced if that is allowed, only when the copy is whole and on disk.
     """
@@ -2786,22 +2850,16 @@ def backup(path: Path, target: Path, replace: bool = False) -> None:
     if target.is_dir():
         raise SetupError(f"{target} is a folder: backup takes the path of a file")
     taken = SetupError(f"{target} is there already: take another name, or --replace it")
-    if target.exists() and (not replace or target == path.resolve()):
+    if target.exists() and (not replace or str(target) == str(database)):
         raise taken
-    if not path.is_file():
-        raise SetupError(f"there is no database {path}")
     try:
         fd, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent)
         os.close(fd)
-        os.chmod(name, path.stat().st_mode)
     except OSError as error:
         raise SetupError(f"{target} cannot be written: {error}") from None
-    partial, closing = Path(name), contextlib.closing
+    partial = Path(name)
     try:
-        with closing(connect(path, "ro", BUSY_TIMEOUT_S)) as source, closing(sqlite3.connect(partial)) as copy:
-            source.execute("BEGIN")  # one snapshot for all steps: else they would start again at every write
-            source.execute("SELECT 1 FROM sqlite_schema").fetchall()
-            source.backup(copy, pages=10_000, progress=lambda _, left, of: show(f"{left} of {of} pages left"))
+        database.copy_to(name)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         partial.replace(target) if replace else os.link(partial, target)  # which fails if it has been made meanwhile
@@ -2865,16 +2923,17 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
     try:
         settings = settings_from(vars(options))
+        database = database_at(settings.database)
         match options.command:
             case []:
-                serve(settings)
+                serve(settings, database)
             case ["client", *words]:
-                client_command(settings.database, words, options)
+                client_command(database, words, options)
             case ["migrate"]:
-                changes = migrate(settings.database, read_schema(settings.schema))
+                changes = migrate(database, read_schema(settings.schema))
                 print("\n".join(changes or ["no table had changed; the INSERTs in the file were run"]))
             case ["backup", path]:
-                backup(settings.database, Path(path), options.replace)
+                backup(database, Path(path), options.replace)
             case words:
                 raise SetupError(f"there is no command {' '.join(words)!r}, or it takes other words: --help shows them")
         return 0
@@ -2887,15 +2946,15 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     except (sqlite3.Error, OSError) as error:
-        print(f"inlet: {settings.database}: {error}", file=sys.stderr)
+        print(f"inlet: {database}: {error}", file=sys.stderr)
     return 1
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, database: Database) -> None:
     """Serve until SIGTERM or SIGINT."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # in all threads: run() waits for them
     token = secrets.token_urlsafe(32)
-    store = Store(settings.database, read_schema(settings.schema))
+    store = Store(database, read_schema(settings.schema))
     is_new = store.open(token)
     clients = Clients(store, settings.cors)
     try:
@@ -2927,9 +2986,9 @@ curl -i {to} -H "Authorization: Bearer {token}" -H "Content-Type: application/js
 """
 
 
-def client_command(database: Path, words: list[str], options: argparse.Namespace) -> None:
+def client_command(database: Database, words: list[str], options: argparse.Namespace) -> None:
     """List the clients, or add or remove one, whatever schema.sql looks like; SetupError if that makes no sense."""
-    with alone(database) as db:
+    with database.alone() as db:
         db.execute("BEGIN IMMEDIATE")
         make_clients(db)
         match words:
@@ -2939,13 +2998,17 @@ def client_command(database: Path, words: list[str], options: argparse.Namespace
                     print(*row, sep="\t")
             case ["add", name]:
                 print(add_client(db, name, options))
-            case ["remove", name]:
-                if not db.execute("DELETE FROM clients WHERE name = ?", (name,)).rowcount:
+            case ["remove", name] | ["remove", name, _]:
+                tokens, found = (
+                    "FROM clients WHERE name = ?1 AND substr(token, 1, length(?2)) = ?2",
+                    (name, *words[2:], "")[:2],
+                )
+                (count,) = db.execute(f"SELECT count(*) {tokens}", found).fetchone()
+                if words[2:] and (not words[2] or count != 1):
+                    raise SetupError(f"{name} has not exactly one token whose digest begins with {words[2]!r}")
+                if not count:
                     raise SetupError(f"there is no client {name}")
-            case ["remove", name, digest]:
-                sql = "DELETE FROM clients WHERE name = ? AND substr(token, 1, length(?2)) = ?2"
-                if not digest or db.execute(sql, (name, digest)).rowcount != 1:
-                    raise SetupError(f"{name} has not exactly one token whose digest begins with {digest!r}")
+                db.execute(f"DELETE {tokens}", found)
             case _:
                 raise SetupError("client takes add NAME [--can GRANT …], list, or remove NAME, with --can at the end")
         db.execute("COMMIT")
@@ -2981,8 +3044,9 @@ def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -
     # Older versions would accept the secret as a token if this were its plain digest.
     digest = digest_of(f"{options.signs} {secret}" if options.signs else secret)
     row = (name, digest, " ".join(can), utc_now(), options.signs, secret if options.signs else None)
-    if not db.execute(ADD_CLIENT, row).rowcount:
+    if db.execute("SELECT 1 FROM clients AS c WHERE c.token = ?", (digest,)).fetchone():
         raise SetupError("this secret is there already")
+    db.execute(ADD_CLIENT, row)
     return secret
 
 

@@ -108,7 +108,9 @@ def open_store(tmp_path):
 
     def open_it(sql=SCHEMA, **options):
         (tmp_path / "schema.sql").write_text(sql)
-        store = service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql"), **options)
+        store = service.Store(
+            service.Database(tmp_path / "inlet.db"), service.read_schema(tmp_path / "schema.sql"), **options
+        )
         if store.open():
             add_tester(tmp_path / "inlet.db")
         stores.append(store)
@@ -645,7 +647,7 @@ def test_the_recipes_in_readme_work(open_store):
             assert client.post("readings", json.dumps(body)).status_code == 201
     kept = [message["received_at"] for message in client.get("/readings").json["messages"]]
     assert kept == [days[2]] * 2 + [days[3]] * 2
-    (plan,) = rows(store, "EXPLAIN QUERY PLAN DELETE FROM readings WHERE received_at < '2026'")
+    (plan,) = rows(store, "EXPLAIN QUERY PLAN SELECT id FROM readings WHERE received_at < '2026'")
     assert "INDEX readings_received_at" in plan[3]
     assert client.get("/by_hour?hour=2026-11-30T10").json == {"rows": [{"hour": "2026-11-30T10", "count": 2}]}
     assert [message["body"]["value"] for message in client.get("/latest").json["messages"]] == [55]
@@ -749,7 +751,10 @@ def test_who_is_interrupted_while_it_waits_leaves_nothing_in_the_queue(store, mo
 
 
 def test_who_has_its_result_writes_for_nobody_else_before_it_returns(store, monkeypatch):
-    insert, first_is_there, others_are_there, last_may_end = store._insert, *[threading.Event() for _ in range(3)]
+    insert, first_is_there, others_are_there, last_may_end = (
+        store.database._insert,
+        *[threading.Event() for _ in range(3)],
+    )
 
     def slow(db, each, received_at):
         if each.bodies == ["first"]:
@@ -761,7 +766,7 @@ def test_who_has_its_result_writes_for_nobody_else_before_it_returns(store, monk
             eventually(lambda: store.queue)  # the last one waits already when these have their results
         return insert(db, each, received_at)
 
-    monkeypatch.setattr(store, "_insert", slow)
+    monkeypatch.setattr(store.database, "_insert", slow)
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         pool.submit(append, store, "messages", "first")
         assert first_is_there.wait(DEADLINE_S)
@@ -919,7 +924,7 @@ def test_a_database_or_wal_that_was_removed_is_never_written_to(client, store, t
 
 def test_a_database_that_was_replaced_is_read_and_written_anew(client, store, tmp_path):
     assert client.post("messages", "1").status_code == 201
-    service.backup(store.database.path, tmp_path / "copy.db")
+    service.backup(store.database, tmp_path / "copy.db")
     assert client.post("messages", "2").status_code == 201
     assert len(client.get("/messages").json["messages"]) == 2
     os.replace(tmp_path / "copy.db", store.database.path)
@@ -1848,7 +1853,7 @@ def test_migrate_gives_a_stream_headers_and_old_messages_have_none(client, store
     client.post("readings", READING)
     assert migrate((READINGS, f", headers TEXT{READINGS}"))[0] == 0
     with_headers = client_of(
-        service.Store(store.database.path, service.read_schema(store.database.path.with_name("schema.sql")))
+        service.Store(store.database, service.read_schema(store.database.path.with_name("schema.sql")))
     )
     with_headers.post("readings", READING, X_A="1")
     old, new = with_headers.get("/readings").json["messages"]
@@ -2167,8 +2172,8 @@ def test_of_two_first_starts_at_once_one_makes_the_client(tmp_path):
             process.terminate()
             printed.append(process.stdout.read())
     (token,) = re.findall(r'"Authorization: Bearer (.*?)"', "".join(printed))
-    with contextlib.closing(sqlite3.connect(tmp_path / "inlet.db")) as db:
-        assert db.execute("SELECT token FROM clients").fetchall() == [(service.digest_of(token),)]
+    made = types.SimpleNamespace(database=tmp_path / "inlet.db")
+    assert rows(made, "SELECT token FROM clients") == [(service.digest_of(token),)]
 
 
 def test_a_body_of_exactly_the_limit_is_taken_and_who_sends_more_gets_the_answer(any_server):

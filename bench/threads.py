@@ -28,7 +28,7 @@ def append_for_a_while(database: Path, threads: int) -> None:
         commits += 1
         return service.utc_now()
 
-    store = service.Store(database, service.read_schema(ROOT / "schema.sql"), clock)
+    store = service.Store(service.Database(database), service.read_schema(ROOT / "schema.sql"), clock)
     store.open()
     stream, stored, stop_at = store.schema.streams["messages"], [0] * threads, time.monotonic() + SECONDS
 

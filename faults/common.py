@@ -39,7 +39,7 @@ def database(folder: Path, schema: str = SCHEMA) -> Path:
     """A database with one client, and its schema.sql beside it."""
     path = folder / "inlet.db"
     (folder / "schema.sql").write_text(schema)
-    store = service.Store(path, service.read_schema(folder / "schema.sql"))
+    store = service.Store(service.Database(path), service.read_schema(folder / "schema.sql"))
     store.open()
     store.close()
     add_tester(path)

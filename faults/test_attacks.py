@@ -403,7 +403,7 @@ def test_the_time_of_a_refusal_says_nothing_about_the_token(tmp_path):
     """Tokens that share none, half or nearly all of the right one take equally long to refuse."""
     path = database(tmp_path)
     right = secrets.token_urlsafe(32)
-    store = service.Store(path, service.read_schema(tmp_path / "schema.sql"))
+    store = service.Store(service.Database(path), service.read_schema(tmp_path / "schema.sql"))
     store.open()
     add_tester(path, "x", right, "write")
     clients = service.Clients(store)

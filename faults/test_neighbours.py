@@ -135,7 +135,7 @@ def test_a_database_that_is_replaced_by_its_backup_under_the_running_service(tmp
     before, between, after = (Ledger(lambda: server.connect(), chosen=seed()) for _ in range(3))
     with before.sending(4):
         time.sleep(0.5)
-    service.backup(path, tmp_path / "copy")
+    service.backup(service.Database(path), tmp_path / "copy")
     with between.sending(4):
         time.sleep(0.5)
     os.rename(path, tmp_path / "original")

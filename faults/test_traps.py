@@ -26,7 +26,9 @@ def opened(tmp_path):
 
     def open_it(sql):
         (tmp_path / "schema.sql").write_text(stream_sql("messages") + sql)
-        stores.append(service.Store(tmp_path / "inlet.db", service.read_schema(tmp_path / "schema.sql")))
+        stores.append(
+            service.Store(service.Database(tmp_path / "inlet.db"), service.read_schema(tmp_path / "schema.sql"))
+        )
         stores[-1].open()
         return stores[-1]
 

@@ -1,0 +1,139 @@
+"""A plugin of pytest that lets test_service.py run over a cluster: INLET_CLUSTER=http://… pytest -p over_cluster.
+
+Each test begins with an empty cluster. In place of a path, it is given to the store and to the servers; what the tests
+read and write by hand goes there as well.
+"""
+
+import contextlib
+import os
+import re
+import sqlite3
+import sys
+import time
+
+import pytest
+
+import service
+import test_service
+
+CLUSTER = os.environ["INLET_CLUSTER"]
+
+
+class Db:
+    """What the tests use of an sqlite3.Connection."""
+
+    def __init__(self, cluster):
+        self._cluster = cluster
+
+    def execute(self, sql, values=()):
+        deadline = time.monotonic() + test_service.DEADLINE_S
+        if not re.match(r"\s*(SELECT|EXPLAIN|PRAGMA (?!\w+ =))", sql):
+            self._cluster.execute_all([[sql, *values]], deadline)
+            return Rows()
+        rows = self._cluster.query(sql, values, "strong", deadline)
+        if "AS BLOB" in sql:  # rqlite gives it as a text
+            rows = Rows(tuple(v.encode() if isinstance(v, str) else v for v in row) for row in rows)
+        return rows
+
+    def executescript(self, script):
+        pending = ""
+        for piece in script.split(";"):
+            pending += piece + ";"
+            if sqlite3.complete_statement(pending):
+                if pending.strip("; \n"):
+                    self.execute(pending)
+                pending = ""
+
+
+def empty(db):
+    """Drop all that there is."""
+    made = db.execute(
+        "SELECT s.type, s.name FROM sqlite_schema AS s WHERE s.sql IS NOT NULL AND s.name NOT LIKE 'sqlite_%'"
+    )
+    order = ["trigger", "view", "index", "table"]
+    writes = [["PRAGMA defer_foreign_keys = ON"]]
+    for kind, name in sorted(made, key=lambda row: order.index(row[0])):
+        writes.append([f"DROP {kind} IF EXISTS {service.quoted(name)}"])
+    db._cluster.execute_all(writes, time.monotonic() + 10)
+
+
+the_cluster = service.database_at(CLUSTER)
+Rows = sys.modules[type(the_cluster).__module__].Rows
+type(the_cluster).path = None
+
+
+@pytest.fixture(autouse=True)
+def a_cluster_in_place_of_a_file(monkeypatch):
+    empty(Db(the_cluster))
+    start = test_service.Process.start
+
+    def start_on_cluster(process):
+        where = process.arguments.index("--database") + 1
+        process.arguments[where] = CLUSTER
+        start(process)
+
+    @contextlib.contextmanager
+    def database_of(_):
+        yield Db(the_cluster)
+
+    def add_tester(_, name="tester", token=test_service.TOKEN, can="write read"):
+        row = (name, service.digest_of(token), can)
+        Db(the_cluster).execute("INSERT INTO clients (name, token, can) VALUES (?, ?, ?)", row)
+
+    def command_line(*arguments, original=test_service.command_line):
+        command = original(*arguments)
+        command[command.index("--database") + 1] = CLUSTER
+        return command
+
+    monkeypatch.setattr(test_service, "command_line", command_line)
+    monkeypatch.setattr(service, "Database", lambda _: service.database_at(CLUSTER))
+    monkeypatch.setattr(test_service.Process, "start", start_on_cluster)
+    monkeypatch.setattr(test_service, "database_of", database_of)
+    monkeypatch.setattr(test_service, "add_tester", add_tester)
+
+
+# What does not apply, and why.
+ELSEWHERE = {
+    "it is about the SQLite file, its WAL, its lock or its mode": """
+        test_the_application_opens_the_database_at_its_first_request_and_not_before
+        test_first_requests_that_cannot_be_served_fail_together_and_not_one_after_the_other
+        test_an_application_that_is_not_set_up_says_so_in_answer_and_log
+        test_a_forked_child_opens_its_own_connections
+        test_it_ends_with_one_line_if_it_cannot_run_like_this[--database
+        test_who_has_its_result_writes_for_nobody_else_before_it_returns
+        test_a_message_costs_one_statement_its_token_none_and_a_batch_one_synced_transaction
+        test_a_failing_disk_is_a_5xx_for_all_and_a_keyed_retry_finds_out
+        test_another_program_that_holds_the_write_lock_is_503
+        test_whoever_waits_too_long_is_answered_in_time_and_leaves_nothing
+        test_a_symlink_is_the_database_it_leads_to
+        test_a_database_or_wal_that_was_removed_is_never_written_to
+        test_a_database_that_was_replaced_is_read_and_written_anew
+        test_it_refuses_a_database_in_utf_16_and_one_that_it_may_not_write
+        test_a_database_of_before_1_1_keeps_its_clients
+        test_a_table_of_clients_that_something_else_uses_is_left_alone
+        test_the_database_can_be_read_by_its_owner_only
+        test_metrics_can_be_read_while_the_database_cannot
+        test_healthz_
+        test_posts_that_come_together_share_a_commit_and_never_hold_up_a_reader
+        test_a_migration_waits_for_its_turn_and_if_it_is_killed_leaves_everything_as_it_was
+        test_the_first_start_prints_a_curl_that_works_and_no_other_start_makes_a_client
+        test_metrics_count_what_was_stored_and_refused
+        test_a_restart_goes_on_with_the_next_id_whatever_was_deleted_and_is_read
+        test_migrate_gives_a_stream_headers_and_old_messages_have_none
+        test_it_ends_with_0_and_answers_what_is_in_flight
+        test_a_backup_that_cannot_be_is_one_line[inlet.db-inlet.db]
+    """,
+    "rqlite ends a query after a time, but not when its client has gone": """
+        test_readers_that_were_abandoned_by_their_clients_stop
+    """,
+    "the first SELECT * after a change of the schema can have the old number of columns in go-sqlite3": """
+        test_migrate_keeps[what others refer to]
+    """,
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    gone = [name for names in ELSEWHERE.values() for name in names.split()]
+    left_out = [item for item in items if item.name.startswith(tuple(gone))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
