@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -225,6 +226,7 @@ class Ledger:
         self.unknown: list[bytes] = []
         self.unanswered_keys: dict[str, bytes] = {}
         self.statuses: Counter = Counter()
+        self.taken_at: list[float] = []  # the moments of each 201
         self._count = 0
         self._lock = threading.Lock()
 
@@ -264,6 +266,7 @@ class Ledger:
         if status == 201:
             assert message_id not in self.acknowledged
             self.acknowledged[message_id] = body
+            self.taken_at.append(time.monotonic())
             if key:
                 self.keyed[key] = message_id, body
         elif status is not None and status < 500:
@@ -307,6 +310,10 @@ class Ledger:
         while self.send() != 201:
             assert time.monotonic() < deadline, "the service did not recover"
             time.sleep(0.05)
+
+    def longest_gap(self) -> float:
+        """The most seconds in which no message was taken."""
+        return max(after - before for before, after in pairwise(self.taken_at))
 
     def check(self, path: Path) -> int:
         """The invariant, against the database; how many messages are in it."""
