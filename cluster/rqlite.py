@@ -25,6 +25,7 @@ from service import BUSY_TIMEOUT_S, PAGE_BYTES, READ_TIMEOUT_S, Entry, Schema, S
 
 CONNECT_TIMEOUT_S = 1.0
 WRITE_TIMEOUT_S = 4.0  # a new leader is there after 1 to 3 s
+BYTES_A_SECOND = 4 * 1024 * 1024  # that a write takes at least
 MIGRATE_TIMEOUT_S = 600.0
 ROW_AS_JSON = "row as JSON"  # the only column of a query that gives its rows like this
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
@@ -249,7 +250,7 @@ class Cluster:
     def _require_foreign_keys(self) -> None:
         for node in self._nodes:
             with contextlib.suppress(sqlite3.Error):
-                results = self._ask(node, "/db/query?level=none", [["PRAGMA foreign_keys"]], CONNECT_TIMEOUT_S)
+                results = self._ask(node, "/db/query?level=none", b'["PRAGMA foreign_keys"]', CONNECT_TIMEOUT_S)
                 if results[0].get("values") != [[1]]:
                     raise SetupError(f"the node {node.name} checks no foreign keys: start it with -fk")
 
@@ -258,40 +259,59 @@ class Cluster:
     @contextlib.contextmanager
     def transaction(self, deadline: float) -> Iterator[Connection]:
         """Give a block a connection that reads what has been written. Each request of insert() is a transaction."""
-        yield Connection(self, "strong", deadline)
+        yield Connection(self, "linearizable", deadline)
 
     def insert(self, db: Connection, entries: list[Entry], received_at: str) -> list[Stored | Exception]:
-        """Insert the rows of entries, each with one statement. A refusal undoes only its entry."""
+        """Insert the rows of entries. A refusal undoes only its entry.
+
+        One statement inserts what is for the same stream: that takes half the time of one for each message. If it is
+        refused, nothing of it is there, and each entry gets a statement of its own.
+        """
+        found: dict[Entry, Stored | Exception] = {}
+        waiting = together(entries)
+        while waiting:
+            refused = []
+            for group, result in zip(waiting, self._send_groups(waiting, received_at, db.deadline), strict=True):
+                if "error" not in result:
+                    found |= stored(group, result.get("last_insert_id", 0), received_at)
+                elif len(group) > 1:
+                    refused += [[entry] for entry in group]
+                elif group[0].batch:
+                    found[group[0]] = self._insert_lines(group[0], received_at, db.deadline)
+                else:
+                    found[group[0]] = self._error(result["error"])
+            waiting = refused
+        return [found[entry] for entry in entries]
+
+    def _send_groups(self, groups: list[list[Entry]], received_at: str, deadline: float) -> list[dict[str, Any]]:
         results, statements, size = [], [], 0
-        for entry in entries:
-            statements.append(statement_of(entry, received_at))
-            size += sum(map(len, entry.bodies))
-            if size > REQUEST_BYTES or entry is entries[-1]:
-                results += self._send("/db/execute?noparse", statements, db.deadline)
+        for group in groups:
+            statements.append(insert_of(group, received_at))
+            size += sum(len(body) for entry in group for body in entry.bodies)
+            if size >= REQUEST_BYTES or group is groups[-1]:
+                results += self._send("/db/execute?noparse", statements, deadline)
                 statements, size = [], 0
-        return [self._stored(db, *each, received_at) for each in zip(entries, results, strict=True)]
+        return results
 
-    def _stored(self, db: Connection, entry: Entry, result: dict[str, Any], received_at: str) -> Stored | Exception:
-        if "error" in result and entry.batch:  # it was refused; this tells its line, or it is stored now after all
-            try:
-                result = self._insert_lines(entry, received_at, db.deadline)
-            except sqlite3.Error as error:
-                return error
-        if "error" in result:
-            return self._error(result["error"])
-        last, count = result.get("last_insert_id", 0), len(entry.bodies)
-        return Stored(last - count + 1, last, received_at, count)
+    def _insert_lines(self, entry: Entry, received_at: str, deadline: float) -> Stored | Exception:
+        """Insert a batch that was refused line by line, all or none, and return the error of the bad line.
 
-    def _insert_lines(self, entry: Entry, received_at: str, deadline: float) -> dict[str, Any]:
-        """Insert the lines of a batch one by one, all or none; return the last result. entry.line is the bad one."""
-        one = insert_sql(entry.stream)
+        What has refused it can be gone meanwhile: then it is stored.
+        """
+        one_line = (
+            f"{entry.stream.insert.partition(' VALUES ')[0]} VALUES (?, ?, ? ->> '$', ?{', ?' * len(entry.headers)})"
+        )
         statements = [
-            [one, received_at, entry.client, json.dumps(service.key_of_line(entry.key, line)), body, *entry.headers]
-            for line, body in enumerate(entry.bodies, 1)
+            [one_line, received_at, client, json.dumps(key), *texts] for client, key, *texts in rows_of(entry)
         ]
-        results = self._send("/db/execute?noparse&transaction", statements, deadline)
-        entry.line = len(results)
-        return results[-1]
+        try:
+            results = self._send("/db/execute?noparse&transaction", statements, deadline)
+        except sqlite3.Error as error:
+            return error
+        if "error" in results[-1]:
+            entry.line = len(results)
+            return self._error(results[-1]["error"])
+        return stored([entry], results[-1]["last_insert_id"], received_at)[entry]
 
     def execute_all(self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S) -> None:
         """Carry out all statements, or none: then sqlite3.Error is raised."""
@@ -382,14 +402,13 @@ class Cluster:
             copy = Path(folder) / "copy.db"
             self.copy_to(str(copy))
             with contextlib.closing(service.connect(copy, "rw", BUSY_TIMEOUT_S)) as db:
-                keys = db.execute(
-                    'SELECT lower(k."table"), s.name FROM sqlite_schema AS s, pragma_foreign_key_list(s.name) AS k'
-                    " WHERE s.type = 'table' AND k.on_delete IN ('CASCADE', 'SET NULL', 'SET DEFAULT')"
-                ).fetchall()
                 recorder = Recorder(db)
+                before = acting_keys(db)
                 yield recorder
+                keys = before | acting_keys(db)
+        dropped = {sql for sql, *_ in recorder.writes}
         for table, child in keys:  # the cluster cannot leave foreign keys aside while a table is made anew
-            if ["DROP TABLE " + service.quoted(table)] in [[write[0].lower()] for write in recorder.writes]:
+            if f"DROP TABLE {service.quoted(table)}" in dropped:
                 raise SetupError(
                     f"table {table} cannot be changed on a cluster: ON DELETE in {child} would take effect"
                 )
@@ -407,11 +426,12 @@ class Cluster:
         What was certainly not carried out is sent to the next node, until the deadline, and so are queries. Raises
         sqlite3.OperationalError for what has no known outcome.
         """
-        is_query = path.startswith("/db/query")
+        is_query, body = path.startswith("/db/query"), json.dumps(statements).encode()
+        timeout_s += len(body) / BYTES_A_SECOND
         while True:
             asked, left_s = self._preferred, deadline - time.monotonic()
             try:
-                return self._ask(self._nodes[asked], path, statements, left_s if is_query else min(left_s, timeout_s))
+                return self._ask(self._nodes[asked], path, body, left_s if is_query else min(left_s, timeout_s))
             except (NotTaken, OSError, http.client.HTTPException) as error:
                 self._preferred = (asked + 1) % len(self._nodes)
                 can_repeat = isinstance(error, NotTaken) or is_query
@@ -419,8 +439,8 @@ class Cluster:
                     raise sqlite3.OperationalError(f"{type(error).__name__}: {error}") from None
             time.sleep(PAUSE_S)
 
-    def _ask(self, node: Node, path: str, statements: list[list], timeout_s: float) -> list[dict[str, Any]]:
-        with node.answer("POST", path, json.dumps(statements).encode(), max(timeout_s, PAUSE_S)) as answer:
+    def _ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
+        with node.answer("POST", path, body, max(timeout_s, PAUSE_S)) as answer:
             data = answer.read()
         try:
             found = json.loads(data) if answer.status == 200 else {"error": data.decode(errors="replace").strip()}
@@ -444,6 +464,16 @@ class Cluster:
         return error
 
 
+def acting_keys(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Return the tables with rows of which others are deleted or changed, each with the name of the other table."""
+    found = db.execute(
+        "SELECT p.name, s.name FROM sqlite_schema AS s, pragma_foreign_key_list(s.name) AS k, sqlite_schema AS p"
+        " WHERE s.type = 'table' AND k.on_delete IN ('CASCADE', 'SET NULL', 'SET DEFAULT')"
+        """ AND p.type = 'table' AND p.name = k."table" COLLATE NOCASE"""
+    )
+    return set(found)
+
+
 def is_whole(database: str) -> bool:
     with contextlib.closing(sqlite3.connect(database)) as db:
         return db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
@@ -457,22 +487,45 @@ def json_value(value: str) -> str:
     return f"json_quote({as_text})"  # || makes a text of JSON
 
 
-def insert_sql(stream: Stream) -> str:
-    """Return the SQL that inserts a message. Its key comes as JSON, because it could look like a BLOB."""
-    into, _, values = stream.insert.partition(" VALUES ")
-    return f"{into} VALUES {values.replace('?, ?, ?', '?, ?, ? ->> ' + repr('$'), 1)}"
+def together(entries: list[Entry]) -> list[list[Entry]]:
+    """Return the entries in groups that one statement can insert: messages for the same stream, or one batch."""
+    groups: list[list[Entry]] = []
+    open_groups: dict[str, tuple[list[Entry], int]] = {}  # by stream, with their bytes
+    for entry in entries:
+        if entry.batch or not entry.bodies:
+            groups.append([entry])
+            continue
+        group, size = open_groups.get(entry.stream.name, ([], 0))
+        if not group:
+            groups.append(group)
+        group.append(entry)
+        size += len(entry.bodies[0])
+        open_groups[entry.stream.name] = (group, size) if size < REQUEST_BYTES else ([], 0)
+    return groups
 
 
-def statement_of(entry: Entry, received_at: str) -> list:
-    """Return the statement that inserts the messages of an entry, with its parameters; rqlited keeps JSON as it is."""
-    if not entry.bodies:
+def rows_of(entry: Entry) -> Iterator[tuple]:
+    """Yield client, key, body, and headers if the stream has them, for each message of an entry."""
+    for line, body in enumerate(entry.bodies, 1):
+        yield entry.client, service.key_of_line(entry.key, line), body, *entry.headers
+
+
+def insert_of(group: list[Entry], received_at: str) -> list:
+    """Return the statement that inserts the messages of a group, with its parameters; rqlited keeps JSON as it is."""
+    stream = group[0].stream
+    if stream is None:  # it only tries to write
         return ["UPDATE clients SET name = name WHERE false"]
-    key = json.dumps(entry.key)
-    if not entry.batch:
-        return [insert_sql(entry.stream), received_at, entry.client, key, entry.bodies[0], *entry.headers]
-    into, _, _ = entry.stream.insert.partition(" VALUES ")
-    # As service.key_of_line() has it.
-    key_of_line = "iif(j.key = 0, ?3 ->> '$', (?3 ->> '$') || ' ' || (j.key + 1))"
-    headers = ", ?5" * len(entry.headers)
-    select = f"SELECT ?1, ?2, {key_of_line}, j.value{headers} FROM json_each(?4) AS j"
-    return [f"{into} {select}", received_at, entry.client, key, json.dumps(entry.bodies), *entry.headers]
+    into, _, _ = stream.insert.partition(" VALUES ")
+    columns = ", ".join(f"j.value ->> {n}" for n in range(3 + stream.has_headers))
+    rows = [row for entry in group for row in rows_of(entry)]
+    return [f"{into} SELECT ?1, {columns} FROM json_each(?2) AS j", received_at, json.dumps(rows)]
+
+
+def stored(group: list[Entry], last: int, received_at: str) -> dict[Entry, Stored]:
+    """Return the results of entries whose messages have the ids up to this one."""
+    found, count = {}, sum(len(entry.bodies) for entry in group)
+    first = last - count + 1
+    for entry in group:
+        found[entry] = Stored(first, first + len(entry.bodies) - 1, received_at, len(entry.bodies))
+        first += len(entry.bodies)
+    return found

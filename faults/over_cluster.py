@@ -123,6 +123,9 @@ ELSEWHERE = {
         test_it_ends_with_0_and_answers_what_is_in_flight
         test_a_backup_that_cannot_be_is_one_line[inlet.db-inlet.db]
     """,
+    "messages of one COMMIT can get their ids in another order": """
+        test_what_fails_in_a_shared_commit_costs_only_itself
+    """,
     "rqlite ends a query after a time, but not when its client has gone": """
         test_readers_that_were_abandoned_by_their_clients_stop
     """,

@@ -2,11 +2,13 @@
 
 import contextlib
 import http.client
+import http.server
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,10 +18,10 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
-from common import SCHEMA, Ledger, Server, at_once, seed, timed, wait_until
+from common import SCHEMA, Ledger, Server, database, seed, wait_until
 
 import service
-from test_service import BATCH, DEADLINE_S, HERE, TOKEN, send, stream_sql
+from test_service import DEADLINE_S, HERE, TOKEN, send, stream_sql
 
 RQLITED = os.environ.get("INLET_RQLITED") or shutil.which("rqlited")
 ADDRESSES = [f"10.77.0.{n}" for n in (1, 2, 3)]
@@ -64,7 +66,8 @@ class Node:
         flags = flags or ("-fk",)
         where = ["-http-addr", f"{self.address}:4001", "-raft-addr", f"{self.address}:4002"]
         together = ["-bootstrap-expect", "3", "-join", raft]
-        self.command = [RQLITED, *flags, "-node-id", self.name, *where, *together, str(self.folder)]
+        self.flags = ["-node-id", self.name, *where, *together]
+        self.command = [RQLITED, *flags, *self.flags, str(self.folder)]
         self.start()
 
     def start(self):
@@ -105,17 +108,21 @@ class Node:
 
 
 class Cluster:
+    """Three nodes, and two front ends, which have a client."""
+
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.front_ends = folder, []
         (folder / "schema.sql").write_text(SCHEMA)
         self.nodes = [Node(number, folder) for number in (1, 2, 3)]
         self.wait_until_ready()
-        self.front_ends = []
+
+    def start_front_ends(self):
+        folder = self.folder
         for name in ("a", "b"):
             (folder / name).mkdir()
             (folder / name / "schema.sql").write_text(SCHEMA)
             self.front_ends.append(Server(folder / name, "--database", URL))
-            if name == "a":
+            if not self.nodes[0].query("SELECT 1 FROM clients WHERE name = 'tester'"):
                 self.write(
                     "INSERT INTO clients (name, token, can) VALUES ('tester', ?, 'write read')",
                     service.digest_of(TOKEN),
@@ -124,6 +131,18 @@ class Cluster:
     def wait_until_ready(self):
         for node in self.nodes:
             wait_until(node.is_ready, f"{node.name} is not ready", 40)
+
+    def command(self, *words, schema=SCHEMA, given=None):
+        """Run a command on the cluster: (status, stdout, stderr)."""
+        (self.folder / "schema.sql").write_text(schema)
+        files = ["--database", URL, "--schema", str(self.folder / "schema.sql")]
+        line = [sys.executable, str(HERE / "service.py"), *words, *files]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, input=given)
+        return done.returncode, done.stdout, done.stderr
+
+    def rows(self, sql):
+        """What the leader has."""
+        return json.loads(self.nodes[0].ask("/db/query?level=strong", [sql]))["results"][0].get("values", [])
 
     def write(self, sql, *values):
         result = json.loads(self.nodes[0].ask("/db/execute", [[sql, *values]]))["results"][0]
@@ -151,10 +170,8 @@ class Cluster:
         ledger.must_answer()
         self.wait_until_ready()
         sql = "SELECT id, key, body FROM messages ORDER BY id"
-        rows = [[]]
-        wait_until(lambda: rows.append(self.nodes[0].query(sql)) or rows[-1] == rows[-2] and all(
-            node.query(sql) == rows[-1] for node in self.nodes), "the nodes differ")  # fmt: skip
-        stored = [(message_id, key, body.encode()) for message_id, key, body in rows[-1]]
+        wait_until(lambda: len({json.dumps(node.query(sql)) for node in self.nodes}) == 1, "the nodes differ")
+        stored = [(message_id, key, body.encode()) for message_id, key, body in self.nodes[0].query(sql)]
         count = ledger.check_rows(stored)
         wait_until(lambda: follower.seen and follower.seen[-1] == stored[-1][0], "the feed has not come to its end")
         assert follower.seen == [message_id for message_id, _, _ in stored]
@@ -197,10 +214,16 @@ class Follower:
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def nodes(tmp_path):
     cluster = Cluster(tmp_path)
     yield cluster
     cluster.end()
+
+
+@pytest.fixture
+def cluster(nodes):
+    nodes.start_front_ends()
+    return nodes
 
 
 @contextlib.contextmanager
@@ -293,32 +316,36 @@ def test_a_leader_that_is_cut_off_from_the_others(cluster):
 
 
 @pytest.mark.parametrize("role", ["leader", "follower"])
-def test_a_disk_that_is_full(role, cluster):
-    """The node is started again with more room. If it has lost something, it has to be replaced: see cluster/README.md"""
+def test_node_sh_kills_a_node_before_its_disk_is_full_and_starts_it_when_there_is_room(role, cluster):
     node = getattr(cluster, role)()
     node.kill()
     moved = node.folder.rename(node.folder.with_name("moved"))
     node.folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(node.folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(node.folder)], check=True)
+    filler, log = node.folder / "filler", Path(f"{node.folder}.log")
     try:
         shutil.copytree(moved, node.folder, dirs_exist_ok=True)
+        node.command = [
+            "env",
+            "ROOM_MIB=100",
+            f"RQLITED={RQLITED}",
+            HERE / "cluster" / "node.sh",
+            str(node.folder),
+            *node.flags,
+        ]
         node.start()
         cluster.wait_until_ready()
         with under_load(cluster) as ledger:
-            filler = node.folder / "filler"
-            with contextlib.suppress(OSError), open(filler, "wb") as file:
-                while True:
-                    file.write(bytes(1 << 16))
-            time.sleep(5)
+            filler.write_bytes(bytes(shutil.disk_usage(node.folder).free - 80 * 2**20))
+            wait_until(lambda: "the node is killed" in log.read_text(), "the node is not killed")
             taken_again(ledger)
-            node.kill()
             filler.unlink()
-            node.start()
             wait_until(node.is_ready, "the node does not come back")
             taken_again(ledger)
     finally:
-        node.kill()
-        subprocess.run(["umount", "-l", str(node.folder)], check=True)
+        node.process.terminate()
+        node.process.wait()
+        subprocess.run(["umount", str(node.folder)], check=True)
 
 
 def test_a_node_is_replaced_by_an_empty_one(cluster):
@@ -330,3 +357,285 @@ def test_a_node_is_replaced_by_an_empty_one(cluster):
         node.start()
         wait_until(node.is_ready, "the new node does not come up")
         taken_again(ledger)
+
+
+def test_connections_that_the_nodes_have_closed_fail_no_message(cluster):
+    """They are noticed before anything is sent, so that even a message without a key gets its 201."""
+    connections = [front_end.connect() for front_end in cluster.front_ends]
+    for round_ in range(3):
+        for connection in connections:
+            assert [send(connection, "POST", "/messages", "1")[0] for _ in range(5)] == [201] * 5, round_
+        for node in cluster.nodes:
+            node.kill()
+        for node in cluster.nodes:
+            node.start()
+        cluster.wait_until_ready()
+
+
+def test_a_retry_that_comes_after_a_new_leader_gets_the_first_answer(cluster):
+    connections = [front_end.connect() for front_end in cluster.front_ends]
+    first = [send(connections[0], "POST", "/messages", str(n), Idempotency_Key=str(n))[2] for n in range(20)]
+    cluster.leader().kill()
+    for n, answer in enumerate(first):
+        for connection in connections:
+            again = retried(connection, str(n), str(n))
+            assert again == answer
+
+
+def retried(connection, body, key):
+    """The answer to a message with a key that is sent until it is taken."""
+    answers = []
+    wait_until(
+        lambda: (
+            answers.append(send(connection, "POST", "/messages", body, Idempotency_Key=key)) or answers[-1][0] == 201
+        ),
+        "503",
+    )
+    return answers[-1][2]
+
+
+# Commands
+
+
+CHANGED = SCHEMA.replace("bad INTEGER AS", "n INTEGER AS (body ->> 'n'), bad INTEGER AS")
+
+
+def test_migrate_under_load_loses_nothing(cluster):
+    with under_load(cluster):
+        for schema in (CHANGED, SCHEMA, CHANGED):
+            status, printed, errors = cluster.command("migrate", schema=schema)
+            assert (status, errors) == (0, "")
+            assert "table messages has changed" in printed
+            time.sleep(0.3)
+    assert cluster.rows("SELECT count(*) FROM messages WHERE n IS NOT body ->> 'n'") == [[0]]
+    assert cluster.command("migrate", schema=CHANGED)[1].startswith("no table had changed")
+
+
+def test_migrate_names_the_messages_that_break_a_new_rule_and_changes_nothing(cluster):
+    connection = cluster.front_ends[0].connect()
+    for n in range(5):
+        assert send(connection, "POST", "/messages", json.dumps({"n": n}))[0] == 201
+    before = cluster.rows("SELECT sql FROM sqlite_schema ORDER BY name")
+    stricter = SCHEMA.replace(
+        ", bad INTEGER AS", ", n INTEGER AS (body ->> 'n') CONSTRAINT \"too many\" CHECK (n < 3), bad INTEGER AS"
+    )
+    status, _, errors = cluster.command("migrate", schema=stricter)
+    assert (status, "messages: 2 broke 'too many': ids 4, 5" in errors) == (1, True)
+    assert cluster.rows("SELECT sql FROM sqlite_schema ORDER BY name") == before
+
+
+PARENT = "CREATE TABLE sensors (name TEXT PRIMARY KEY{more}) STRICT; INSERT OR IGNORE INTO sensors (name) VALUES ('a');"
+CHILD = ", sensor TEXT AS (body ->> 'sensor') REFERENCES sensors (name)"
+
+
+def test_migrate_changes_what_others_refer_to_unless_that_would_delete_messages(nodes):
+    def schema(action="", more=""):
+        return stream_sql("messages", CHILD + action) + PARENT.format(more=more)
+
+    (nodes.folder / "schema.sql").write_text(schema())
+    database = service.database_at(URL)
+    service.Store(database, service.read_schema(nodes.folder / "schema.sql")).open()
+    nodes.write("INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', ?)", '{"sensor": "a"}')
+    assert nodes.command("migrate", schema=schema(more=", place TEXT"))[0] == 0
+    assert nodes.rows("SELECT m.id, s.name, s.place FROM messages AS m, sensors AS s WHERE s.name = m.sensor") == [
+        [1, "a", None]
+    ]
+    status, _, error = nodes.command("migrate", schema=schema(" ON DELETE CASCADE", ", place TEXT, more TEXT"))
+    assert (status, "ON DELETE" in error) == (2, True), error
+    assert nodes.command("migrate", schema=schema(" ON DELETE CASCADE", ", place TEXT"))[0] == 0
+    assert nodes.command("migrate", schema=schema(more=", place TEXT, more TEXT"))[0] == 2
+    assert nodes.rows("SELECT id FROM messages") == [[1]]
+    database.close()
+
+
+def test_a_file_goes_to_a_cluster_and_back_and_ids_go_on(nodes, tmp_path):
+    path = database(tmp_path)
+    with contextlib.closing(Server(tmp_path)) as server:
+        for n in range(3):
+            assert send(server.connect(), "POST", "/messages", str(n), Idempotency_Key=str(n))[0] == 201
+    copy = tmp_path / "copy.db"
+    service.backup(service.Database(path), copy)
+    request = Request(
+        f"http://{ADDRESSES[0]}:4001/db/load", copy.read_bytes(), {"Content-Type": "application/octet-stream"}
+    )
+    with urlopen(request, timeout=DEADLINE_S) as answer:
+        assert answer.status == 200
+    nodes.start_front_ends()
+    connections = [front_end.connect() for front_end in nodes.front_ends]
+    assert json.loads(retried(connections[0], "2", "2"))["id"] == 3
+    assert json.loads(send(connections[1], "POST", "/messages", "3")[2])["id"] == 4
+    nodes.write("DELETE FROM messages WHERE id = 4")
+    back = tmp_path / "back"
+    back.mkdir()
+    assert nodes.command("backup", str(back / "inlet.db")) == (0, "", "")
+    (back / "schema.sql").write_text(SCHEMA)
+    with contextlib.closing(Server(back)) as server:
+        assert json.loads(send(server.connect(), "POST", "/messages", "4")[2])["id"] == 5
+        assert json.loads(retried(server.connect(), "0", "0"))["id"] == 1
+
+
+def test_a_cluster_without_foreign_keys_is_refused(nodes):
+    node = nodes.nodes[1]
+    node.kill()
+    node.command.remove("-fk")
+    node.start()
+    nodes.wait_until_ready()
+    status, _, error = nodes.command()
+    assert (status, error.count("\n"), "start it with -fk" in error, node.address in error) == (2, 1, True, True)
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    ("CREATE TABLE x (a DEFAULT (random()));", "table x"), ("CREATE TABLE x (a DEFAULT CURRENT_TIMESTAMP);", "clock"),
+    ("CREATE TABLE x (a DEFAULT (datetime('now')));", "clock"), ("CREATE TABLE x (a DEFAULT (unixepoch()));", "clock"),
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "an INSERT"),
+    *[(f"CREATE TABLE x (a, b); CREATE TRIGGER y AFTER INSERT ON messages BEGIN {sql}; END;", words) for sql, words in (
+        ("INSERT INTO x (a) VALUES (random())", "random"), ("INSERT INTO x (a) VALUES (datetime())", "clock"),
+        ("INSERT INTO x (a) VALUES (date(NEW.body ->> 'day'))", "received_at"), ("INSERT INTO x (a) VALUES (current_time)", "clock"),
+        ("INSERT INTO x (a) VALUES (strftime('%s', NEW.body))", "received_at"), ("INSERT INTO x (a) VALUES (changes())", "counts"),
+        ("SELECT RAISE(ABORT, \"words\")", "single quotes"),
+        ("INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '1')", "own table"))],
+])  # fmt: skip
+def test_rules_that_each_node_would_compute_for_itself_are_refused(more, words, tmp_path):
+    (tmp_path / "schema.sql").write_text(stream_sql("messages") + more)
+    schema = service.read_schema(tmp_path / "schema.sql")
+    with pytest.raises(service.SetupError, match=words):
+        service.database_at(URL).require(schema)
+
+
+def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
+    (tmp_path / "schema.sql").write_text(stream_sql("messages", ", day TEXT AS (date(body ->> 'day'))") + """
+        CREATE TABLE x (a, b DEFAULT 'now');
+        CREATE VIEW last_hour AS SELECT * FROM messages WHERE received_at > datetime('now', '-1 hour');
+        CREATE TRIGGER y AFTER INSERT ON messages BEGIN
+            INSERT INTO x (a) VALUES (strftime('%Y', NEW.received_at)), (date(NEW.received_at, '-1 day'));
+            SELECT RAISE(ABORT, 'it''s not') WHERE NEW.body = '0';
+        END;""")  # fmt: skip
+    service.database_at(URL).require(service.read_schema(tmp_path / "schema.sql"))
+
+
+def test_user_and_password_are_used_and_never_told(tmp_path):
+    users = [{"username": "inlet", "password": "se:cret/1", "perms": ["execute", "query", "status", "ready", "backup"]}]
+    (tmp_path / "users.json").write_text(json.dumps(users))
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    command = [
+        RQLITED,
+        "-fk",
+        "-auth",
+        str(tmp_path / "users.json"),
+        "-http-addr",
+        "127.0.0.1:4190",
+        "-raft-addr",
+        "127.0.0.1:4191",
+    ]
+    node = subprocess.Popen([*command, str(tmp_path / "node")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with contextlib.closing(Server(tmp_path, "--database", "http://inlet:se%3Acret%2F1@127.0.0.1:4190")) as server:
+            assert send(server.connect(), "GET", "/healthz")[0] == 200
+            node.kill()
+            wait_until(lambda: send(server.connect(), "GET", "/healthz")[0] == 503, "it says that it is ready")
+    finally:
+        node.kill()
+        node.wait()
+    log = (tmp_path / "log").read_text()
+    for where in ("http://inlet:se%3Acret@127.0.0.1:4190", "http://inlet:secret@[x:4001", "http://inlet:secret@a/path"):
+        line = [sys.executable, str(HERE / "service.py"), "--database", where, "client", "list"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+        assert (done.returncode > 0, done.stderr.count("\n")) == (True, 1)
+        log += done.stderr
+    assert "127.0.0.1:4190" in log
+    assert "cret" not in log
+
+
+# The engine, against nodes that misbehave
+
+
+class Misbehaving(http.server.BaseHTTPRequestHandler):
+    """A node that reads a request, and then does what its server says."""
+
+    def do_POST(self):
+        self.server.asked.append(self.path)
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.answer:
+            status, text = self.server.answer
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def misbehaving():
+    """Two nodes that answer as they are told, and the engine that asks them."""
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) for _ in range(2)]
+    for server in servers:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    cluster = service.database_at("http://" + ",".join(f"127.0.0.1:{server.server_port}" for server in servers))
+    yield (*servers, cluster)
+    cluster.close()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+GOOD = 200, json.dumps({"results": [{"last_insert_id": 1, "rows_affected": 1}]})
+
+
+@pytest.mark.parametrize(("answer", "is_sent_again"), [
+    (None, False),  # it closes the connection
+    ((500, "x"), False), ((200, "no json"), False), ((200, '{"error": "leadership lost while committing log"}'), False),
+    ((200, '{"error": "node failed to process Execute on remote node at b: read protobuf length: EOF"}'), False),
+    ((503, "leader not found\n"), True), ((200, '{"error": "not leader"}'), True),
+    ((200, '{"error": "node failed to process Execute on remote node at b: write protobuf bytes: broken pipe"}'), True),
+])  # fmt: skip
+def test_a_write_is_sent_again_only_if_it_was_certainly_not_taken(answer, is_sent_again, misbehaving):
+    first, second, cluster = misbehaving
+    first.answer, second.answer = answer, GOOD
+    try:
+        cluster.execute_all([["INSERT"]], time.monotonic() + 5)
+    except sqlite3.OperationalError:
+        assert not is_sent_again
+    assert (len(first.asked), len(second.asked)) == (1, int(is_sent_again))
+
+
+@pytest.mark.parametrize("answer", [None, (200, '{"error": "node failed to process Query on remote node at b: EOF"}')])
+def test_a_query_is_sent_again(answer, misbehaving):
+    first, second, cluster = misbehaving
+    first.answer, second.answer = answer, (200, '{"results": [{"columns": ["1"], "values": [[1]]}]}')
+    assert cluster.query("SELECT 1", (), "weak", time.monotonic() + 5) == [(1,)]
+    assert (len(first.asked), len(second.asked)) == (1, 1)
+
+
+def test_a_node_that_does_not_answer_holds_a_write_up_for_seconds_only(misbehaving):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        cluster = service.database_at(f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(sqlite3.OperationalError):
+            cluster.execute_all([["INSERT"]], started + 10)
+        assert 3 < time.monotonic() - started < 6
+
+
+# The contract
+
+
+def test_the_tests_of_the_service_over_a_cluster(nodes):
+    """over_cluster.py names those that do not apply."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "over_cluster",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / "test_service.py"),
+    ]
+    environ = os.environ | {"INLET_CLUSTER": URL, "PYTHONPATH": f"{HERE / 'faults'}:{HERE}"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environ, cwd=HERE)
+    print(done.stdout[-3000:])
+    assert done.returncode == 0
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 470

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Runs one node of a cluster:  node.sh FOLDER [FLAG OF rqlited …]
+#
+# A node whose SQLite finds no room goes on without the row, and differs from the others from then on. So this kills it
+# while there is room left (ROOM_MIB, 512), and starts it again when there is twice as much: then it takes from the others
+# what it has missed. It also sees to -fk: without it, a node checks no foreign keys.
+set -euo pipefail
+folder=$1
+shift
+room_mib=${ROOM_MIB:-512}
+node=
+trap 'kill -TERM $node 2>/dev/null || exit 0' TERM INT
+mkdir -p "$folder"
+
+free_mib() { df --output=avail --block-size=1M "$folder" | tail -n 1; }
+
+while true; do
+    until (($(free_mib) > 2 * room_mib)); do
+        echo "node.sh: less than $((2 * room_mib)) MiB are free for $folder: the node is not started" >&2
+        sleep 5 & wait $!
+    done
+    "${RQLITED:-rqlited}" -fk "$@" "$folder" &
+    node=$!
+    killed=
+    while kill -0 "$node" 2>/dev/null; do
+        if (($(free_mib) < room_mib)); then
+            echo "node.sh: less than $room_mib MiB are free for $folder: the node is killed" >&2
+            killed=yes
+            kill -KILL "$node"
+            break
+        fi
+        sleep 0.5 & wait $! || true
+    done
+    status=0
+    wait "$node" || status=$?
+    test "$killed" || exit "$status"
+done

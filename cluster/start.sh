@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Starts three nodes on this machine, for a first look:  cluster/start.sh [FOLDER]
+#
+# They serve on the ports 4101, 4102 and 4103, until you press Ctrl+C; what they hold stays in FOLDER (cluster/data).
+# If there is no rqlited on the path, it is built here, which needs Go and a C compiler and takes some minutes.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+folder=${1:-$here/data}
+mkdir -p "$folder"
+export RQLITED=${RQLITED:-$(command -v rqlited || echo "$here/rqlited/rqlited")}
+if ! test -x "$RQLITED"; then
+    echo "building rqlited ..."
+    (cd "$here/rqlited" && CGO_ENABLED=1 go build -trimpath -ldflags='-s -w' -o rqlited github.com/rqlite/rqlite/v8/cmd/rqlited)
+fi
+trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+for n in 1 2 3; do
+    "$here/node.sh" "$folder/n$n" -node-id "n$n" -http-addr "127.0.0.1:410$n" -raft-addr "127.0.0.1:420$n" \
+        -bootstrap-expect 3 -join 127.0.0.1:4201,127.0.0.1:4202,127.0.0.1:4203 >"$folder/n$n.log" 2>&1 &
+done
+for n in 1 2 3; do
+    for _ in $(seq 300); do
+        if curl -fs "http://127.0.0.1:410$n/readyz" >/dev/null; then continue 2; fi
+        sleep 0.1
+    done
+    echo "node n$n does not come up; see $folder/n$n.log" >&2
+    exit 1
+done
+echo "Three nodes are ready. Start front ends beside them, as many as you want:"
+echo "python service.py --database http://127.0.0.1:4101,127.0.0.1:4102,127.0.0.1:4103 --listen 127.0.0.1:8080"
+wait
