@@ -30,7 +30,7 @@ GUARANTEES
  5. Ids grow in commit order and are never used again: who follows the feed's `next` misses no message.
 
 LIMITS
- Linux or macOS; one machine; one SQLite file on a local disk (a network file system does not keep guarantee 1).
+ Linux or macOS; one SQLite file on a local disk (a network file system breaks guarantee 1), or an rqlite cluster.
  A body has at most --max-body bytes, as it is sent and as it is unpacked. A message is nested at most 512 deep.
  A batch has at most 10,000 messages. On the open Internet, put a web server in front: it is better with slow clients.
 
@@ -39,7 +39,7 @@ TO CHANGE                                     SEE
  a flag                                       settings
  what makes a table a stream                  the schema
  what a client reads when a rule refuses it   REFUSALS in the store
- how messages reach the disk                  the store, the engine
+ how messages reach the disk, or a cluster    the store, the engine; cluster/rqlite.py
  who may come in                              clients
  what the log and /metrics say                statistics
  what a POST may contain                      reading requests
@@ -79,7 +79,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import formatdate
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, partialmethod
 from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
@@ -698,9 +698,8 @@ class Store:
         Returns True if it was made, together with the client `default`, if a token for it is given.
         """
         digest, database = digest_of(default_token), self.database
-        database.require(self.schema)
         try:
-            with database.alone("rwc") as db:
+            with database.alone("rwc", self.schema) as db:
                 if db.execute("PRAGMA encoding").fetchone() != ("UTF-8",):
                     raise SetupError(f"{database} is not in UTF-8: copy it into a new database")
                 made = not schema_objects(db)
@@ -800,7 +799,10 @@ class Store:
                 with self._mutex:
                     group, self.queue = self.queue, []
                 inserted = self.database.insert(db, group, self._clock())
-                written = [self._result(db, *each) for each in zip(group, inserted, strict=True)]
+                written = [
+                    each if isinstance(each, Stored) else self._replay(db, entry) or self._refusal(entry, each)
+                    for entry, each in zip(group, inserted, strict=True)
+                ]
             results = written
         except (sqlite3.Error, OSError, MemoryError) as error:
             failure = error
@@ -820,12 +822,6 @@ class Store:
             if results:
                 new = [each for each in results if isinstance(each, Stored) and not each.replayed]
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
-
-    def _result(self, db: sqlite3.Connection, entry: Entry, inserted: Stored | Exception) -> Stored | Problem:
-        """Return the result of an entry: that it is stored, what its key has stored before, or a refusal."""
-        if isinstance(inserted, Stored):
-            return inserted
-        return self._replay(db, entry) or self._refusal(entry, inserted)
 
     def _replay(self, db: sqlite3.Connection, entry: Entry) -> Stored | Problem | None:
         """Return what was stored under the key of an entry, a Problem if that was something else, or None."""
@@ -1026,12 +1022,12 @@ class Database:
     def __str__(self) -> str:
         return str(self.path)
 
-    def require(self, schema: Schema) -> None:
-        """Raise SetupError if it cannot keep a rule of schema.sql: it can keep them all."""
-
     @contextlib.contextmanager
-    def alone(self, mode: str = "rw") -> Iterator[sqlite3.Connection]:
-        """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError."""
+    def alone(self, mode: str = "rw", schema: Schema | None = None) -> Iterator[sqlite3.Connection]:
+        """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError.
+
+        schema, if it is known, is what will be written. A file can keep all of its rules.
+        """
         path, deadline = self.path, time.monotonic() + BUSY_TIMEOUT_S
         if mode == "rw" and not path.is_file():
             hint = "the service makes it, by its first start or its first request"
@@ -1051,7 +1047,7 @@ class Database:
             if mode == "rwc":
                 sync_directory(path.parent)  # else a power cut could lose the new file and its messages
 
-    to_migrate = alone
+    to_migrate = partialmethod(alone, "rw")
 
     @contextlib.contextmanager
     def _in_use(self, deadline: float) -> Iterator[None]:
@@ -1115,7 +1111,7 @@ class Database:
                 raise
 
     def insert(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Exception]:
-        """Insert the rows of entries in a transaction. An error undoes only its entry, or it is raised."""
+        """Insert the rows of entries. An error that is returned has undone only its entry; any other is raised."""
         return [self._insert(db, entry, received_at) for entry in entries]
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Exception:
@@ -2706,8 +2702,7 @@ def migrate(database: Database, schema: Schema) -> list[str]:
     A table that differs is made anew and its columns are copied; what is generated computes itself. Ids stay as they
     are, and used ones stay used. Raises BrokenRules or SetupError, having changed nothing.
     """
-    database.require(schema)
-    with database.to_migrate() as db:
+    with database.to_migrate(schema) as db:
         db.execute("PRAGMA foreign_keys = OFF")  # they are checked at the end
         db.execute("BEGIN IMMEDIATE")
         changes = [text for text, _ in differences(db, schema)]

@@ -62,6 +62,11 @@ ERRORS = (
     ("database or disk is full$", "SQLITE_FULL"),
     ("query timeout$", "SQLITE_INTERRUPT"),
 )
+# What has not to do with the statement, so that it can be different in each node.
+FAULT = re.compile(
+    "disk I/O error|database or disk is full|out of memory|database disk image|database .*is locked|attempt to write"
+    "|unable to open|file is not a database|interrupted|.*timeout|context "
+)
 
 
 class NotTaken(sqlite3.OperationalError):
@@ -134,39 +139,32 @@ class Rows(list):
 
 
 class Connection:
-    """What the service uses of an sqlite3.Connection. COMMIT sends all that was written since BEGIN, all or none."""
+    """What the service uses of an sqlite3.Connection. COMMIT sends all that was written since BEGIN, all or none.
 
-    def __init__(self, cluster: "Cluster", level: str, deadline: float):
+    done_by_another: the error which says that another process has done the same before.
+    """
+
+    def __init__(self, cluster: "Cluster", level: str, deadline: float, done_by_another: str = ""):
+        self.deadline = deadline
         self._cluster = cluster
         self._level = level
-        self.deadline = deadline
+        self._done_by_another = done_by_another
         self._writes: list[list] = []
-
-    def commit(self) -> None:
-        if self._writes:
-            self._cluster.execute_all(self._writes, self.deadline)
 
     def execute(self, sql: str, values: tuple | dict = ()) -> Rows:
         if READS.match(sql):
             return self._cluster.query(sql, values, self._level, self.deadline)
         if sql.startswith("BEGIN"):
             self._writes = []
-        elif sql == "COMMIT":
-            self.commit()
-        else:
+        elif sql != "COMMIT":
             self._writes.append([sql, *values])
+        elif self._writes:
+            try:
+                self._cluster.execute_all(self._writes, self.deadline)
+            except sqlite3.OperationalError as error:
+                if str(error) != self._done_by_another:
+                    raise
         return Rows()
-
-
-class FirstConnection(Connection):
-    """A connection that makes the tables. Of processes that start at once, one makes them for all."""
-
-    def commit(self) -> None:
-        try:
-            super().commit()
-        except sqlite3.OperationalError as error:
-            if str(error) != "table clients already exists":
-                raise
 
 
 class Recorder:
@@ -215,7 +213,7 @@ class Cluster:
 
     # The start
 
-    def require(self, schema: Schema) -> None:
+    def _require_safe(self, schema: Schema) -> None:
         """Raise SetupError if the nodes would compute a rule of schema.sql differently."""
         inserts = [("insert", "an INSERT", sql) for sql in schema.statements if service.normal(sql)[0] == "insert"]
         for kind, name, sql in [*((made.kind, made, made.sql) for made in schema.objects.values()), *inserts]:
@@ -229,15 +227,16 @@ class Cluster:
             self._raised.update(text.replace("''", "'") for text in texts)
 
     @contextlib.contextmanager
-    def alone(self, mode: str = "rw") -> Iterator[Connection]:
+    def alone(self, mode: str = "rw", schema: Schema | None = None) -> Iterator[Connection]:
         """Give a block a connection, of which the writes between BEGIN and COMMIT are all done or none.
 
-        With the mode rwc the database may be new. Else SetupError is raised if it is.
+        With the mode rwc the database may be new, and has this schema. Else SetupError is raised if it is new.
         """
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         if mode == "rwc":
+            self._require_safe(schema)
             self._require_foreign_keys()
-            yield FirstConnection(self, "strong", deadline)
+            yield Connection(self, "strong", deadline, "table clients already exists")
         else:
             self._require_database()
             yield Connection(self, "strong", deadline)
@@ -272,14 +271,17 @@ class Cluster:
         while waiting:
             refused = []
             for group, result in zip(waiting, self._send_groups(waiting, received_at, db.deadline), strict=True):
-                if "error" not in result:
+                error = self._error(result["error"]) if "error" in result else None
+                if error is None:
                     found |= stored(group, result.get("last_insert_id", 0), received_at)
+                elif FAULT.match(str(error)):  # of the leader: other nodes may have inserted it
+                    found |= dict.fromkeys(group, error)
                 elif len(group) > 1:
                     refused += [[entry] for entry in group]
-                elif group[0].batch:
-                    found[group[0]] = self._insert_lines(group[0], received_at, db.deadline)
                 else:
-                    found[group[0]] = self._error(result["error"])
+                    found[group[0]] = (
+                        self._insert_lines(group[0], received_at, db.deadline) if group[0].batch else error
+                    )
             waiting = refused
         return [found[entry] for entry in entries]
 
@@ -393,11 +395,12 @@ class Cluster:
         raise sqlite3.OperationalError(f"no node gives a whole copy: {failure}")
 
     @contextlib.contextmanager
-    def to_migrate(self) -> Iterator[Recorder]:
+    def to_migrate(self, schema: Schema) -> Iterator[Recorder]:
         """Give a block a connection to a copy. If it raises nothing, what it has written is done to the cluster.
 
         The copy tells which rows break a rule. The statements copy whole tables, so with what has come meanwhile.
         """
+        self._require_safe(schema)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy.db"
             self.copy_to(str(copy))

@@ -10,7 +10,7 @@ mkdir -p "$folder"
 export RQLITED=${RQLITED:-$(command -v rqlited || echo "$here/rqlited/rqlited")}
 if ! test -x "$RQLITED"; then
     echo "building rqlited ..."
-    (cd "$here/rqlited" && CGO_ENABLED=1 go build -trimpath -ldflags='-s -w' -o rqlited github.com/rqlite/rqlite/v8/cmd/rqlited)
+    go build -C "$here/rqlited" -trimpath -ldflags='-s -w' -o rqlited github.com/rqlite/rqlite/v8/cmd/rqlited
 fi
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
 for n in 1 2 3; do

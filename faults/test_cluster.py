@@ -499,7 +499,7 @@ def test_rules_that_each_node_would_compute_for_itself_are_refused(more, words, 
     (tmp_path / "schema.sql").write_text(stream_sql("messages") + more)
     schema = service.read_schema(tmp_path / "schema.sql")
     with pytest.raises(service.SetupError, match=words):
-        service.database_at(URL).require(schema)
+        service.database_at(URL)._require_safe(schema)
 
 
 def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
@@ -510,7 +510,7 @@ def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
             INSERT INTO x (a) VALUES (strftime('%Y', NEW.received_at)), (date(NEW.received_at, '-1 day'));
             SELECT RAISE(ABORT, 'it''s not') WHERE NEW.body = '0';
         END;""")  # fmt: skip
-    service.database_at(URL).require(service.read_schema(tmp_path / "schema.sql"))
+    service.database_at(URL)._require_safe(service.read_schema(tmp_path / "schema.sql"))
 
 
 def test_user_and_password_are_used_and_never_told(tmp_path):
