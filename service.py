@@ -920,9 +920,9 @@ class Store:
         return next(self.page(stream, message_id - 1, 1, {}, lambda: False, until=message_id), None)
 
 
-def rows_after_the_first(entry: Entry, received_at: str) -> Iterator[tuple]:
-    """Yield what is inserted for the lines of a batch from the second on; entry.line is the one under way."""
-    for entry.line, body in enumerate(entry.bodies[1:], 2):  # noqa: B020
+def rows_of(entry: Entry, received_at: str) -> Iterator[tuple]:
+    """Yield what is inserted for each message of an entry; entry.line is the one under way."""
+    for entry.line, body in enumerate(entry.bodies, 1):  # noqa: B020
         yield received_at, entry.client, key_of_line(entry.key, entry.line), body, *entry.headers
 
 
@@ -1118,13 +1118,13 @@ class Database:
         if not entry.bodies:
             touch(db)
             return Stored(0, 0, received_at, 0)
+        insert, rows = entry.stream.insert, rows_of(entry, received_at)
         try:
             if entry.batch:
                 db.execute("SAVEPOINT batch")
-            values = (received_at, entry.client, entry.key, entry.bodies[0], *entry.headers)
-            first = last = db.execute(entry.stream.insert, values).lastrowid
+            first = last = db.execute(insert, next(rows)).lastrowid
             if entry.batch:
-                db.executemany(entry.stream.insert, rows_after_the_first(entry, received_at))
+                db.executemany(insert, rows)
                 (last,) = db.execute("SELECT last_insert_rowid()").fetchone()
                 db.execute("RELEASE batch")
             return Stored(first, last, received_at, len(entry.bodies))

@@ -16,6 +16,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -300,11 +301,9 @@ class Cluster:
 
         What has refused it can be gone meanwhile: then it is stored.
         """
-        one_line = (
-            f"{entry.stream.insert.partition(' VALUES ')[0]} VALUES (?, ?, ? ->> '$', ?{', ?' * len(entry.headers)})"
-        )
         statements = [
-            [one_line, received_at, client, json.dumps(key), *texts] for client, key, *texts in rows_of(entry)
+            insert_of([replace(entry, key=key, bodies=[body])], received_at)
+            for _, _, key, body, *_ in service.rows_of(entry, received_at)
         ]
         try:
             results = self._send("/db/execute?noparse&transaction", statements, deadline)
@@ -444,14 +443,14 @@ class Cluster:
 
     def _ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
         with node.answer("POST", path, body, max(timeout_s, PAUSE_S)) as answer:
-            data = answer.read()
-        try:
-            found = json.loads(data) if answer.status == 200 else {"error": data.decode(errors="replace").strip()}
-        except ValueError:
-            found = {"error": data.decode(errors="replace")}
-        error = found.get("error")
-        if error is None:
+            text = answer.read().decode(errors="replace").strip()
+        found: Any = None
+        if answer.status == 200:
+            with contextlib.suppress(ValueError):
+                found = json.loads(text)
+        if isinstance(found, dict) and isinstance(found.get("results"), list):
             return found["results"]
+        error = str(found["error"]) if isinstance(found, dict) and "error" in found else text
         if error.endswith(("not leader", "leader not found")) or "write protobuf" in error:
             raise NotTaken(f"{node.name}: {error}")
         if error.startswith("node failed to process"):  # the node has asked the leader, and got no answer
@@ -507,21 +506,15 @@ def together(entries: list[Entry]) -> list[list[Entry]]:
     return groups
 
 
-def rows_of(entry: Entry) -> Iterator[tuple]:
-    """Yield client, key, body, and headers if the stream has them, for each message of an entry."""
-    for line, body in enumerate(entry.bodies, 1):
-        yield entry.client, service.key_of_line(entry.key, line), body, *entry.headers
-
-
 def insert_of(group: list[Entry], received_at: str) -> list:
     """Return the statement that inserts the messages of a group, with its parameters; rqlited keeps JSON as it is."""
     stream = group[0].stream
     if stream is None:  # it only tries to write
         return ["UPDATE clients SET name = name WHERE false"]
     into, _, _ = stream.insert.partition(" VALUES ")
-    columns = ", ".join(f"j.value ->> {n}" for n in range(3 + stream.has_headers))
-    rows = [row for entry in group for row in rows_of(entry)]
-    return [f"{into} SELECT ?1, {columns} FROM json_each(?2) AS j", received_at, json.dumps(rows)]
+    columns = ", ".join(f"j.value ->> {n}" for n in range(4 + stream.has_headers))
+    rows = [row for entry in group for row in service.rows_of(entry, received_at)]
+    return [f"{into} SELECT {columns} FROM json_each(?) AS j", json.dumps(rows)]
 
 
 def stored(group: list[Entry], last: int, received_at: str) -> dict[Entry, Stored]:

@@ -586,7 +586,7 @@ GOOD = 200, json.dumps({"results": [{"last_insert_id": 1, "rows_affected": 1}]})
 
 @pytest.mark.parametrize(("answer", "is_sent_again"), [
     (None, False),  # it closes the connection
-    ((500, "x"), False), ((200, "no json"), False), ((200, '{"error": "leadership lost while committing log"}'), False),
+    ((500, "x"), False), ((200, "no json"), False), ((200, "[1]"), False), ((200, "{}"), False), ((301, ""), False), ((200, '{"error": "leadership lost while committing log"}'), False),
     ((200, '{"error": "node failed to process Execute on remote node at b: read protobuf length: EOF"}'), False),
     ((503, "leader not found\n"), True), ((200, '{"error": "not leader"}'), True),
     ((200, '{"error": "node failed to process Execute on remote node at b: write protobuf bytes: broken pipe"}'), True),
