@@ -79,7 +79,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from email.utils import formatdate
-from functools import cached_property, lru_cache, partial, partialmethod
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import accumulate
 from json.encoder import encode_basestring as json_string
@@ -699,18 +699,19 @@ class Store:
         """
         digest, database = digest_of(default_token), self.database
         try:
-            with database.alone("rwc", self.schema) as db:
+            with database.alone(self.schema) as db:
                 if db.execute("PRAGMA encoding").fetchone() != ("UTF-8",):
                     raise SetupError(f"{database} is not in UTF-8: copy it into a new database")
                 made = not schema_objects(db)
                 db.execute("BEGIN IMMEDIATE")
                 touch(db)  # which fails now, where each message would fail later
-                make_clients(db)
                 if made:
-                    for statement in self.schema.statements:
+                    for statement in (CLIENTS_TABLE, *self.schema.statements):
                         db.execute(statement)
                     if default_token:
                         db.execute(ADD_CLIENT, ("default", digest, "write read", utc_now(), None, None))
+                else:
+                    make_clients(db)
                 db.execute("COMMIT")
                 found = differences(db, self.schema)
                 if made and default_token:  # on a cluster, another process may have been first
@@ -790,7 +791,7 @@ class Store:
             run_safely(each.then)
 
     def _write_group(self) -> None:
-        """Write everything that is queued with one COMMIT. If that fails, all of it fails."""
+        """Write everything that is queued, in a file with one COMMIT. If that fails, all of it fails."""
         group, results, failure, began = [], [], RuntimeError("a bug"), time.monotonic()
         with self._mutex:
             deadline = min(waiting.deadline for waiting in self.queue)
@@ -799,10 +800,7 @@ class Store:
                 with self._mutex:
                     group, self.queue = self.queue, []
                 inserted = self.database.insert(db, group, self._clock())
-                written = [
-                    each if isinstance(each, Stored) else self._replay(db, entry) or self._refusal(entry, each)
-                    for entry, each in zip(group, inserted, strict=True)
-                ]
+                written = [self._result(db, *each) for each in zip(group, inserted, strict=True)]
             results = written
         except (sqlite3.Error, OSError, MemoryError) as error:
             failure = error
@@ -823,11 +821,16 @@ class Store:
                 new = [each for each in results if isinstance(each, Stored) and not each.replayed]
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
 
+    def _result(self, db: sqlite3.Connection, entry: Entry, inserted: Stored | Exception) -> Stored | Problem:
+        if isinstance(inserted, Stored):
+            return inserted
+        return self._replay(db, entry) or self._refusal(entry, inserted)
+
     def _replay(self, db: sqlite3.Connection, entry: Entry) -> Stored | Problem | None:
         """Return what was stored under the key of an entry, a Problem if that was something else, or None."""
         if entry.key is None:
             return None
-        # "!" follows the space
+        # The keys of lines are between `key ` and `key!`.
         keys = {"client": entry.client, "key": entry.key, "first": key_of_line(entry.key, ""), "end": entry.key + "!"}
         rows = db.execute(
             f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
@@ -949,7 +952,7 @@ def database_at(where: str) -> "Database":
     """Return the engine for the setting --database. That of rqlite is loaded only if it is used."""
     if not where.startswith(("http://", "https://")):
         return Database(Path(where))
-    sys.modules.setdefault("service", sys.modules[__name__])  # `python service.py` runs this file as __main__
+    sys.modules.setdefault("service", sys.modules[__name__])  # it is __main__ now, and would be loaded once more
     from cluster.rqlite import Cluster
 
     return Cluster(where)
@@ -1023,31 +1026,32 @@ class Database:
         return str(self.path)
 
     @contextlib.contextmanager
-    def alone(self, mode: str = "rw", schema: Schema | None = None) -> Iterator[sqlite3.Connection]:
-        """Give a block a connection while no other process writes; mode rwc makes a database, rw raises SetupError.
+    def alone(self, new_schema: Schema | None = None) -> Iterator[sqlite3.Connection]:
+        """Yield a connection while no other process writes.
 
-        schema, if it is known, is what will be written. A file can keep all of its rules.
+        new_schema: what is made if there is no database. Without it, SetupError is raised then.
         """
-        path, deadline = self.path, time.monotonic() + BUSY_TIMEOUT_S
-        if mode == "rw" and not path.is_file():
+        path, deadline, mode = self.path, time.monotonic() + BUSY_TIMEOUT_S, "rwc" if new_schema else "rw"
+        if not new_schema and not path.is_file():
             hint = "the service makes it, by its first start or its first request"
             raise SetupError(f"there is no database {path}: {hint}")
         if not path.parent.is_dir():
             raise SetupError(f"there is no folder {path.parent} for the database {path.name}")
-        if mode == "rwc":
+        if new_schema:
             # Only its owner may read what has secrets. A file that is there must not be opened: to close it would take
             # SQLite's locks from this process (https://www.sqlite.org/howtocorrupt.html, 2.2).
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode=0o600))
         with lock_file(path) as file, locked(file, deadline):
             with contextlib.closing(connect(path, mode, BUSY_TIMEOUT_S)) as db:
-                if mode == "rwc":
+                if new_schema:
                     db.execute("PRAGMA journal_mode = WAL")
                 yield db
-            if mode == "rwc":
+            if new_schema:
                 sync_directory(path.parent)  # else a power cut could lose the new file and its messages
 
-    to_migrate = partialmethod(alone, "rw")
+    def to_migrate(self, schema: Schema) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return self.alone()
 
     @contextlib.contextmanager
     def _in_use(self, deadline: float) -> Iterator[None]:
@@ -1195,7 +1199,7 @@ class Database:
     def reader(
         self, limit_s: float = READ_TIMEOUT_S, abandoned: Callable[[], bool] = lambda: False
     ) -> Iterator[sqlite3.Connection]:
-        """Lend a connection for a query. After limit_s, or if nobody waits for it, it ends with SQLITE_INTERRUPT."""
+        """Lend a connection. Its query ends with SQLITE_INTERRUPT after limit_s, or when abandoned() is true."""
         began = time.monotonic()
 
         def give_up() -> bool:
@@ -2037,7 +2041,10 @@ class MetricsResource:
             ("build_info", "gauge", "The versions that run.", [(about, 1)]),
             ("messages_total", "counter", "Messages that were stored, by all processes.", messages),
             ("waiting", "gauge", "Messages that wait for a COMMIT.", [({}, len(store.queue))]),
-            *((name, "gauge", "The size of a file.", [({}, size)]) for name, size in store.database.sizes().items()),
+            *(
+                (name, "gauge", "The bytes of the database, or of its WAL.", [({}, size)])
+                for name, size in store.database.sizes().items()
+            ),
             *store.statistics.families(),
         ]
         process = [
@@ -2821,6 +2828,7 @@ class Migration:
 
     def _drop_keeping_used_ids(self, table: str, new_name: str = "") -> None:
         """Drop a table, but keep what AUTOINCREMENT knows of it: https://www.sqlite.org/autoinc.html"""
+        # Renamed, and not read and inserted: on a cluster, ids are used meanwhile.
         rename, kept = "UPDATE sqlite_sequence SET name = ? WHERE name = ?", f"{table} before migrate"
         self._db.execute(rename, (kept, table))
         self._db.execute(f"DROP TABLE {quoted(table)}")
@@ -2993,17 +3001,15 @@ def client_command(database: Database, words: list[str], options: argparse.Names
                     print(*row, sep="\t")
             case ["add", name]:
                 print(add_client(db, name, options))
-            case ["remove", name] | ["remove", name, _]:
-                tokens, found = (
-                    "FROM clients WHERE name = ?1 AND substr(token, 1, length(?2)) = ?2",
-                    (name, *words[2:], "")[:2],
-                )
-                (count,) = db.execute(f"SELECT count(*) {tokens}", found).fetchone()
-                if words[2:] and (not words[2] or count != 1):
-                    raise SetupError(f"{name} has not exactly one token whose digest begins with {words[2]!r}")
+            case ["remove", name, *rest] if len(rest) < 2:
+                digest = rest[0] if rest else ""
+                tokens = "FROM clients WHERE name = ?1 AND substr(token, 1, length(?2)) = ?2"
+                (count,) = db.execute(f"SELECT count(*) {tokens}", (name, digest)).fetchone()
+                if rest and (not digest or count != 1):
+                    raise SetupError(f"{name} has not exactly one token whose digest begins with {digest!r}")
                 if not count:
                     raise SetupError(f"there is no client {name}")
-                db.execute(f"DELETE {tokens}", found)
+                db.execute(f"DELETE {tokens}", (name, digest))
             case _:
                 raise SetupError("client takes add NAME [--can GRANT …], list, or remove NAME, with --can at the end")
         db.execute("COMMIT")

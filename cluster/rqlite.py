@@ -1,6 +1,6 @@
 """Inlet's engine for rqlite 8: SQLite on several machines, which agree on each write by Raft. https://rqlite.io
 
-Cluster does what Database does in service.py, by the HTTP API of the nodes: https://rqlite.io/docs/api. What is sent to
+Cluster does what Database does in service.py, by the HTTP API of the nodes: https://rqlite.io/docs/api. A request to
 /db/execute is one entry of the Raft log. It is answered when a majority of the nodes has it on disk, and the leader has
 applied it.
 """
@@ -15,8 +15,9 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -26,36 +27,35 @@ from service import BUSY_TIMEOUT_S, PAGE_BYTES, READ_TIMEOUT_S, Entry, Schema, S
 
 CONNECT_TIMEOUT_S = 1.0
 WRITE_TIMEOUT_S = 4.0  # a new leader is there after 1 to 3 s
-BYTES_A_SECOND = 4 * 1024 * 1024  # that a write takes at least
-MIGRATE_TIMEOUT_S = 600.0
-ROW_AS_JSON = "row as JSON"  # the only column of a query that gives its rows like this
+COPY_TIMEOUT_S = 600.0
+BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
 PAUSE_S = 0.05  # before a node is asked again
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
 READS = re.compile(r"SELECT|EXPLAIN|PRAGMA (?!\w+ =)")
 BLOB = re.compile(r"\s*x'[0-9a-f]*'\s*", re.IGNORECASE)  # a text that rqlite takes for a BLOB
+ROW_AS_JSON = "row as JSON"  # the name of a column that has a whole row, as JSON in hexadecimal
+MADE_BY_ANOTHER = "table clients already exists"
 
-# What would differ from node to node: where it stands, a pattern, and why it is refused.
-TIME = "date|time|datetime|julianday|unixepoch"
+# SQL whose result differs between nodes, in anything but a view: a pattern for spelled(), and the reason.
+TIME_OF_MESSAGE = r"(?:\w+ \. )?received_at\b"
+TIME_FUNCTIONS = "date|time|datetime|julianday|unixepoch"
+ONLY_RECEIVED_AT = "a time can be 'now', and each node has a clock of its own; only received_at is safe"
 UNSAFE_RULES = (
-    ("table trigger insert", r"\b(?:random|randomblob) \(", "each node has random numbers of its own"),
-    ("table trigger insert", r"\bcurrent_(?:date|time|timestamp)\b", "each node has a clock of its own"),
-    ("table insert", rf"\b(?:{TIME}|strftime) \((?: \)|[^)]*'now')", "each node has a clock of its own"),
-    (
-        "trigger",
-        rf"\b(?:{TIME}) \( (?!(?:\w+ \. )?received_at\b)|\bstrftime \( (?!'[^']*' , (?:\w+ \. )?received_at\b)",
-        "a time can be 'now', and each node has a clock of its own; only received_at is safe",
-    ),
-    ("trigger", r"\b(?:changes|total_changes|last_insert_rowid) \(", "each node counts for itself"),
-    ("trigger", r"\braise \( abort , (?!'(?:[^']|'')*' \))", "RAISE takes only a text in single quotes on a cluster"),
+    (r"\b(?:random|randomblob) \(", "each node has random numbers of its own"),
+    (r"\bcurrent_(?:date|time|timestamp)\b", "each node has a clock of its own"),
+    (rf"\b(?:{TIME_FUNCTIONS}|strftime) \((?: \)|[^)]*['\"]now)", "each node has a clock of its own"),
+    (rf"^create trigger .*\b(?:{TIME_FUNCTIONS}) \( (?!{TIME_OF_MESSAGE})", ONLY_RECEIVED_AT),
+    (rf"^create trigger .*\bstrftime \( (?!'' , {TIME_OF_MESSAGE})", ONLY_RECEIVED_AT),
+    (r"\b(?:changes|total_changes|last_insert_rowid) \(", "each node counts for itself"),
+    (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes on a cluster"),
 )
-# SQLite's sentences, because rqlite gives no codes. What is not here is a fault, and not a refusal.
+# The names of SQLite's errors, by what it says: rqlite gives no names. An error without one is a 503.
 ERRORS = (
     ("NOT NULL constraint failed: ", "SQLITE_CONSTRAINT_NOTNULL"),
     ("CHECK constraint failed: ", "SQLITE_CONSTRAINT_CHECK"),
     ("UNIQUE constraint failed: ", "SQLITE_CONSTRAINT_UNIQUE"),
     ("FOREIGN KEY constraint failed$", "SQLITE_CONSTRAINT_FOREIGNKEY"),
-    (r"cannot store \w+ value in \w+ column ", "SQLITE_CONSTRAINT_DATATYPE"),
     ("datatype mismatch$", "SQLITE_MISMATCH"),
     ("string or blob too big$", "SQLITE_TOOBIG"),
     ("integer overflow$|malformed JSON$|bad JSON path|JSON path error|JSON cannot hold ", "SQLITE_ERROR"),
@@ -63,7 +63,7 @@ ERRORS = (
     ("database or disk is full$", "SQLITE_FULL"),
     ("query timeout$", "SQLITE_INTERRUPT"),
 )
-# What has not to do with the statement, so that it can be different in each node.
+# Errors of one node. Other nodes may have carried out the statement.
 FAULT = re.compile(
     "disk I/O error|database or disk is full|out of memory|database disk image|database .*is locked|attempt to write"
     "|unable to open|file is not a database|interrupted|.*timeout|context "
@@ -75,14 +75,14 @@ class NotTaken(sqlite3.OperationalError):
 
 
 class Node:
-    """One rqlited, and the connections to it that nobody uses."""
+    """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or a path."""
 
     def __init__(self, url: SplitResult):
-        self.name = f"{url.hostname}:{url.port or 4001}"
+        if not url.hostname or url.path.strip("/") or url.query:
+            raise ValueError(url)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        self._new: Callable[..., http.client.HTTPConnection] = lambda **more: kind(
-            url.hostname, url.port or 4001, **more
-        )
+        self.name = f"{url.hostname}:{url.port or 4001}"
+        self._new = partial(kind, url.hostname, url.port or 4001)
         self._headers = {"Content-Type": "application/json"}
         if url.username:
             user = f"{unquote(url.username)}:{unquote(url.password or '')}"
@@ -90,11 +90,12 @@ class Node:
         self._idle: list[tuple[http.client.HTTPConnection, float]] = []
 
     @contextlib.contextmanager
-    def answer(self, method: str, path: str, body: bytes, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
-        """Send a request, and give a block the answer, which it has to read to its end.
+    def request(self, method: str, path: str, body: bytes, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
+        """Send a request and yield its answer. The block reads all of it.
 
         Raises NotTaken if there is no connection, and OSError or HTTPException if there is no answer.
         """
+        timeout_s = max(timeout_s, PAUSE_S)  # 0 would mean not to wait
         connection = self._idle_connection()
         if not connection:
             connection = self._new(timeout=min(timeout_s, CONNECT_TIMEOUT_S))
@@ -112,9 +113,9 @@ class Node:
         self._idle.append((connection, time.monotonic()))
 
     def _idle_connection(self) -> http.client.HTTPConnection | None:
-        """Return a connection that the node has not closed: a write that is sent on such a one has no known outcome."""
-        while self._idle:
-            with contextlib.suppress(IndexError):
+        """Return a connection that is still open, or None. A write on a closed one has no known outcome."""
+        with contextlib.suppress(IndexError):
+            while True:
                 connection, used_at = self._idle.pop()
                 if connection.sock and time.monotonic() < used_at + IDLE_S:
                     poller = select.poll()
@@ -125,8 +126,9 @@ class Node:
         return None
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop()[0].close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop()[0].close()
 
 
 class Rows(list):
@@ -139,71 +141,61 @@ class Rows(list):
         return self[0] if self else None
 
 
+@dataclass
 class Connection:
     """What the service uses of an sqlite3.Connection. COMMIT sends all that was written since BEGIN, all or none.
 
-    done_by_another: the error which says that another process has done the same before.
+    A read before the COMMIT does not see what was written.
     """
 
-    def __init__(self, cluster: "Cluster", level: str, deadline: float, done_by_another: str = ""):
-        self.deadline = deadline
-        self._cluster = cluster
-        self._level = level
-        self._done_by_another = done_by_another
-        self._writes: list[list] = []
+    cluster: "Cluster"
+    level: str  # https://rqlite.io/docs/api/read-consistency
+    deadline: float
+    _writes: list[list] = field(default_factory=list)
 
     def execute(self, sql: str, values: tuple | dict = ()) -> Rows:
         if READS.match(sql):
-            return self._cluster.query(sql, values, self._level, self.deadline)
-        if sql.startswith("BEGIN"):
-            self._writes = []
-        elif sql != "COMMIT":
-            self._writes.append([sql, *values])
-        elif self._writes:
+            return self.cluster.query(sql, values, self.level, self.deadline)
+        if sql == "COMMIT":
             try:
-                self._cluster.execute_all(self._writes, self.deadline)
+                self.cluster.execute_all(self._writes, self.deadline)
             except sqlite3.OperationalError as error:
-                if str(error) != self._done_by_another:
+                if str(error) != MADE_BY_ANOTHER:  # a process that started at the same moment
                     raise
+        elif sql != "BEGIN IMMEDIATE":
+            self._writes.append([sql, *values])
         return Rows()
 
 
+@dataclass
 class Recorder:
-    """A connection to a copy of the database, which notes what is written."""
+    """A connection to a copy of the database. It records the statements that write."""
 
-    def __init__(self, copy: sqlite3.Connection):
-        self._copy = copy
-        self.writes: list[list] = []
+    copy: sqlite3.Connection
+    writes: list[list] = field(default_factory=list)
 
     def execute(self, sql: str, values: tuple = ()) -> sqlite3.Cursor:
-        if re.match("CREATE|DROP|INSERT|UPDATE|DELETE", sql.lstrip(), re.IGNORECASE):
+        if service.normal(sql)[0] in ("create", "drop", "insert", "update"):
             self.writes.append([sql, *values])
-        return self._copy.execute(sql, values)
+        return self.copy.execute(sql, values)
 
     @property
     def in_transaction(self) -> bool:
-        return self._copy.in_transaction
+        return self.copy.in_transaction
 
 
 class Cluster:
-    """The nodes of a cluster. One of them is asked, as long as it answers; it passes on what only the leader can do."""
+    """The nodes of a cluster. One node is asked, as long as it answers; a node forwards to the leader what it must."""
 
     def __init__(self, where: str):
-        first, *others = where.split(",")
-        before, _, _ = first.rpartition("@")
-        before = f"{before}@" if before else f"{first.partition('://')[0]}://"
+        scheme, _, rest = where.partition("://")
+        user, at, hosts = rest.rpartition("@")
         try:
-            urls = [urlsplit(each if "://" in each else before + each) for each in (first, *others)]
-            self._nodes = [Node(url) for url in urls]
-            wrong = any(not url.hostname or url.path.strip("/") or url.query for url in urls)
-        except ValueError:
-            wrong = True
-        if wrong:  # without the value, for it can hold a password
-            raise SetupError(
-                "--database (INLET_DATABASE) takes http://[USER:PASSWORD@]HOST:PORT,HOST:PORT,… for rqlite"
-            )
-        self._preferred = 0  # the node that is asked first
-        self._raised: set[str] = set()  # the texts of RAISE
+            self._nodes = [Node(urlsplit(f"{scheme}://{user}{at}{host}")) for host in hosts.split(",")]
+        except ValueError:  # without the value, for it can hold a password
+            raise SetupError("--database takes http://USER:PASSWORD@HOST:PORT,HOST:PORT,… for a cluster") from None
+        self._current = 0  # the node that is asked
+        self._raise_texts: set[str] = set()
 
     def __str__(self) -> str:
         return f"the cluster at {', '.join(node.name for node in self._nodes)}"
@@ -214,42 +206,41 @@ class Cluster:
 
     # The start
 
-    def _require_safe(self, schema: Schema) -> None:
-        """Raise SetupError if the nodes would compute a rule of schema.sql differently."""
-        inserts = [("insert", "an INSERT", sql) for sql in schema.statements if service.normal(sql)[0] == "insert"]
-        for kind, name, sql in [*((made.kind, made, made.sql) for made in schema.objects.values()), *inserts]:
-            for kinds, pattern, reason in UNSAFE_RULES:
-                if kind in kinds.split() and re.search(pattern, service.plain(sql)):
+    @contextlib.contextmanager
+    def alone(self, new_schema: Schema | None = None) -> Iterator[Connection]:
+        """Yield a connection. Its COMMIT carries out all writes, or none; others may write meanwhile.
+
+        new_schema: what is made if there is nothing. Without it, SetupError is raised then.
+        """
+        if new_schema:
+            self._read_rules(new_schema)
+            self._require_foreign_keys()
+        else:
+            self._require_database()
+        yield Connection(self, "strong", time.monotonic() + BUSY_TIMEOUT_S)
+
+    def _read_rules(self, schema: Schema) -> None:
+        """Keep the texts of RAISE. Raises SetupError if the nodes would compute a rule of schema.sql differently."""
+        inserts = [("an INSERT", sql) for sql in schema.statements if service.normal(sql)[0] == "insert"]
+        objects = [made for made in schema.objects.values() if made.kind != "view"]
+        for name, sql in [*((str(made), made.sql) for made in objects), *inserts]:
+            for pattern, reason in UNSAFE_RULES:
+                if re.search(pattern, spelled(sql)):
                     raise SetupError(f"{name}: on a cluster, {reason}")
-        for trigger in (made for made in schema.objects.values() if made.kind == "trigger"):
+        for trigger in (made for made in objects if made.kind == "trigger"):
             if re.search(rf"\binto \W?{re.escape(trigger.table)}\b", service.plain(trigger.sql)):
                 raise SetupError(f"{trigger}: on a cluster, a trigger cannot insert into its own table")
             texts = re.findall(r"\braise \( abort , '((?:[^']|'')*)'", service.plain(trigger.sql))
-            self._raised.update(text.replace("''", "'") for text in texts)
-
-    @contextlib.contextmanager
-    def alone(self, mode: str = "rw", schema: Schema | None = None) -> Iterator[Connection]:
-        """Give a block a connection, of which the writes between BEGIN and COMMIT are all done or none.
-
-        With the mode rwc the database may be new, and has this schema. Else SetupError is raised if it is new.
-        """
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        if mode == "rwc":
-            self._require_safe(schema)
-            self._require_foreign_keys()
-            yield Connection(self, "strong", deadline, "table clients already exists")
-        else:
-            self._require_database()
-            yield Connection(self, "strong", deadline)
+            self._raise_texts.update(text.replace("''", "'") for text in texts)
 
     def _require_database(self) -> None:
-        made = "SELECT 1 FROM sqlite_schema AS s WHERE s.name = 'clients'"
-        if not self.query(made, (), "strong", time.monotonic() + BUSY_TIMEOUT_S):
+        sql = "SELECT 1 FROM sqlite_schema AS s WHERE s.name = 'clients'"
+        if not self.query(sql, (), "strong", time.monotonic() + BUSY_TIMEOUT_S):
             raise SetupError(f"there is no database in {self}: the service makes it, by its first start")
 
     def _require_foreign_keys(self) -> None:
-        for node in self._nodes:
-            with contextlib.suppress(sqlite3.Error):
+        for node in self._nodes:  # of those that answer
+            with contextlib.suppress(sqlite3.Error, OSError, http.client.HTTPException):
                 results = self._ask(node, "/db/query?level=none", b'["PRAGMA foreign_keys"]', CONNECT_TIMEOUT_S)
                 if results[0].get("values") != [[1]]:
                     raise SetupError(f"the node {node.name} checks no foreign keys: start it with -fk")
@@ -258,98 +249,81 @@ class Cluster:
 
     @contextlib.contextmanager
     def transaction(self, deadline: float) -> Iterator[Connection]:
-        """Give a block a connection that reads what has been written. Each request of insert() is a transaction."""
+        """Yield a connection that reads all that is stored. There is no transaction: insert() needs none."""
         yield Connection(self, "linearizable", deadline)
 
     def insert(self, db: Connection, entries: list[Entry], received_at: str) -> list[Stored | Exception]:
         """Insert the rows of entries. A refusal undoes only its entry.
 
-        One statement inserts what is for the same stream: that takes half the time of one for each message. If it is
-        refused, nothing of it is there, and each entry gets a statement of its own.
+        All messages for one stream are one statement: that takes half the time of a statement for each. A statement
+        that is refused leaves nothing, and then each of its entries gets a statement of its own.
         """
-        found: dict[Entry, Stored | Exception] = {}
-        waiting = together(entries)
-        while waiting:
-            refused = []
-            for group, result in zip(waiting, self._send_groups(waiting, received_at, db.deadline), strict=True):
-                error = self._error(result["error"]) if "error" in result else None
-                if error is None:
-                    found |= stored(group, result.get("last_insert_id", 0), received_at)
-                elif FAULT.match(str(error)):  # of the leader: other nodes may have inserted it
-                    found |= dict.fromkeys(group, error)
-                elif len(group) > 1:
-                    refused += [[entry] for entry in group]
-                else:
-                    found[group[0]] = (
-                        self._insert_lines(group[0], received_at, db.deadline) if group[0].batch else error
-                    )
-            waiting = refused
-        return [found[entry] for entry in entries]
-
-    def _send_groups(self, groups: list[list[Entry]], received_at: str, deadline: float) -> list[dict[str, Any]]:
-        results, statements, size = [], [], 0
-        for group in groups:
-            statements.append(insert_of(group, received_at))
-            size += sum(len(body) for entry in group for body in entry.bodies)
-            if size >= REQUEST_BYTES or group is groups[-1]:
-                results += self._send("/db/execute?noparse", statements, deadline)
-                statements, size = [], 0
-        return results
+        results: dict[Entry, Stored | Exception] = {}
+        for portion in portions(entries):
+            waiting = grouped(portion)
+            while waiting:
+                statements = [insert_of(group[0].stream, rows_of(group, received_at)) for group in waiting]
+                answers = self._send("/db/execute?noparse", statements, db.deadline)
+                refused = []
+                for group, answer in zip(waiting, answers, strict=True):
+                    error = self._error_in(answer)
+                    if not error:
+                        results |= results_of(group, answer.get("last_insert_id", 0), received_at)
+                    elif len(group) > 1 and not FAULT.match(str(error)):
+                        refused += [[entry] for entry in group]
+                    elif group[0].batch and not FAULT.match(str(error)):
+                        results[group[0]] = self._insert_lines(group[0], received_at, db.deadline)
+                    else:
+                        results |= dict.fromkeys(group, error)
+                waiting = refused
+        return [results[entry] for entry in entries]
 
     def _insert_lines(self, entry: Entry, received_at: str, deadline: float) -> Stored | Exception:
-        """Insert a batch that was refused line by line, all or none, and return the error of the bad line.
-
-        What has refused it can be gone meanwhile: then it is stored.
-        """
-        statements = [
-            insert_of([replace(entry, key=key, bodies=[body])], received_at)
-            for _, _, key, body, *_ in service.rows_of(entry, received_at)
-        ]
+        """Insert a refused batch again, with a statement for each line, to find the bad line. It can succeed now."""
+        statements = [insert_of(entry.stream, [row]) for row in rows_of([entry], received_at)]
         try:
-            results = self._send("/db/execute?noparse&transaction", statements, deadline)
+            answers = self._send("/db/execute?noparse&transaction", statements, deadline)
         except sqlite3.Error as error:
             return error
-        if "error" in results[-1]:
-            entry.line = len(results)
-            return self._error(results[-1]["error"])
-        return stored([entry], results[-1]["last_insert_id"], received_at)[entry]
+        entry.line = len(answers)  # they end at the one that was refused
+        error = self._error_in(answers[-1])
+        return error or results_of([entry], answers[-1]["last_insert_id"], received_at)[entry]
 
     def execute_all(self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S) -> None:
-        """Carry out all statements, or none: then sqlite3.Error is raised."""
-        results = self._send("/db/execute?noparse&transaction", writes, deadline, timeout_s)
-        if "error" in results[-1]:
-            raise self._error(results[-1]["error"])
+        """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known."""
+        if writes:
+            answers = self._send("/db/execute?noparse&transaction", writes, deadline, timeout_s)
+            if error := self._error_in(answers[-1]):
+                raise error
 
     # Reading
 
     @contextlib.contextmanager
-    def reader(
-        self, limit_s: float = READ_TIMEOUT_S, abandoned: Callable[[], bool] = lambda: False
-    ) -> Iterator[Connection]:
-        """Give a block a connection for queries; after limit_s they end with SQLITE_INTERRUPT."""
+    def reader(self, limit_s: float = READ_TIMEOUT_S, abandoned: Any = None) -> Iterator[Connection]:
+        """Yield a connection for queries. After limit_s they end with SQLITE_INTERRUPT, abandoned or not."""
         yield Connection(self, "weak", time.monotonic() + limit_s)
 
     def query(self, sql: str, values: tuple | dict, level: str, deadline: float) -> Rows:
-        """Return the rows of a query. Levels: https://rqlite.io/docs/api/read-consistency"""
+        """Return the rows of a query."""
         parameters = list(values)
         if isinstance(values, dict):
-            for name in [name for name, value in values.items() if isinstance(value, str) and BLOB.fullmatch(value)]:
-                literal = "'" + values[name].replace("'", "''") + "'"
-                sql = re.sub(rf":{name}\b", lambda _, literal=literal: literal, sql)
-                values = {other: value for other, value in values.items() if other != name}
+            for name, value in values.items():
+                if isinstance(value, str) and BLOB.fullmatch(value):
+                    sql = re.sub(rf":{name}\b", f"(:{name} ->> '$')", sql)
+                    values = values | {name: json.dumps(value)}
             parameters = [values]
         left_ms = max(1, int((deadline - time.monotonic()) * 1000))
         path = f"/db/query?level={level}&timeout={left_ms + 500}ms&db_timeout={left_ms}ms"
-        (result,) = self._send(path, [[sql, *parameters]], deadline + 1)  # so that the node is the one that ends it
-        if "error" in result:
-            raise self._error(result["error"])
-        rows = result.get("values", ())
-        if result["columns"] == [ROW_AS_JSON]:
+        (answer,) = self._send(path, [[sql, *parameters]], deadline + 1)  # the node ends a slow query before that
+        if error := self._error_in(answer):
+            raise error
+        rows = answer.get("values", ())
+        if answer["columns"] == [ROW_AS_JSON]:
             rows = (json.loads(bytes.fromhex(text).decode(errors="replace")) for (text,) in rows)
         return Rows(map(tuple, rows))
 
     def page_sql(self, stream: Stream, conditions: str) -> str:
-        """Return the SQL of a page. It ends after PAGE_BYTES in the node already.
+        """Return the SQL of a page. The node ends the page after about PAGE_BYTES.
 
         The row of a view is one JSON text in hexadecimal: rqlited cannot send an infinite number, or text that is not
         UTF-8, and writes 1.0 as 1.
@@ -357,15 +331,14 @@ class Cluster:
         order = " ORDER BY t.id" if stream.has_ids else ""
         columns = ("body", *["headers"] * stream.has_headers) if stream.has_ids else stream.fields
         size = " + ".join(f"ifnull(octet_length(t.{service.quoted(column)}), 0)" for column in columns)
-        before = f"sum({size}) OVER ({order} ROWS UNBOUNDED PRECEDING) - ({size})"
-        page = (
-            f'SELECT t.*, {before} AS "bytes before" FROM "{stream.name}" AS t WHERE {conditions}{order} LIMIT :limit'
-        )
+        bytes_before = f"sum({size}) OVER ({order} ROWS UNBOUNDED PRECEDING) - ({size})"
+        page = f'SELECT t.*, {bytes_before} AS "bytes before" FROM "{stream.name}" AS t WHERE {conditions}{order}'
         selected = ", ".join(stream.selected)
         if not stream.takes:
-            members = " || ',' || ".join(map(json_value, stream.selected))
-            selected = f"hex('[' || {members} || ']') AS {service.quoted(ROW_AS_JSON)}"
-        return f'SELECT {selected} FROM ({page}) AS t WHERE t."bytes before" < {PAGE_BYTES}{order}'
+            selected = (
+                f"hex(json_array({', '.join(map(json_value, stream.selected))})) AS {service.quoted(ROW_AS_JSON)}"
+            )
+        return f'SELECT {selected} FROM ({page} LIMIT :limit) AS t WHERE t."bytes before" < {PAGE_BYTES}{order}'
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of the database, by the name of the metric."""
@@ -383,7 +356,7 @@ class Cluster:
         while time.monotonic() < deadline:  # a node makes one copy at a time
             for node in self._nodes:
                 try:
-                    with node.answer("GET", "/db/backup", b"", MIGRATE_TIMEOUT_S) as answer, open(target, "wb") as file:
+                    with node.request("GET", "/db/backup", b"", COPY_TIMEOUT_S) as answer, open(target, "wb") as file:
                         shutil.copyfileobj(answer, file)
                     if answer.status == 200 and is_whole(target):
                         return
@@ -395,85 +368,105 @@ class Cluster:
 
     @contextlib.contextmanager
     def to_migrate(self, schema: Schema) -> Iterator[Recorder]:
-        """Give a block a connection to a copy. If it raises nothing, what it has written is done to the cluster.
+        """Yield a connection to a copy of the database. If the block succeeds, its writes are sent to the cluster.
 
-        The copy tells which rows break a rule. The statements copy whole tables, so with what has come meanwhile.
+        The copy shows which rows break a rule. The cluster copies tables of its own, with the messages that came since.
         """
-        self._require_safe(schema)
+        self._read_rules(schema)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy.db"
             self.copy_to(str(copy))
             with contextlib.closing(service.connect(copy, "rw", BUSY_TIMEOUT_S)) as db:
                 recorder = Recorder(db)
-                before = acting_keys(db)
+                keys = keys_with_on_delete(db)
                 yield recorder
-                keys = before | acting_keys(db)
-        dropped = {sql for sql, *_ in recorder.writes}
-        for table, child in keys:  # the cluster cannot leave foreign keys aside while a table is made anew
-            if f"DROP TABLE {service.quoted(table)}" in dropped:
+                keys |= keys_with_on_delete(db)
+        for parent, child in keys:  # PRAGMA foreign_keys = OFF does nothing inside of a transaction
+            if [f"DROP TABLE {service.quoted(parent)}"] in recorder.writes:
                 raise SetupError(
-                    f"table {table} cannot be changed on a cluster: ON DELETE in {child} would take effect"
+                    f"table {parent} cannot be changed on a cluster: ON DELETE in {child} would take effect"
                 )
         if recorder.writes:
             writes = [["PRAGMA defer_foreign_keys = ON"], *recorder.writes]
-            self.execute_all(writes, time.monotonic() + MIGRATE_TIMEOUT_S, MIGRATE_TIMEOUT_S)
+            self.execute_all(writes, time.monotonic() + COPY_TIMEOUT_S, COPY_TIMEOUT_S)
 
     # Requests
 
     def _send(
         self, path: str, statements: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S
     ) -> list[dict[str, Any]]:
-        """Return the results of statements, one for each.
+        """Return the answers to statements, one for each.
 
-        What was certainly not carried out is sent to the next node, until the deadline, and so are queries. Raises
+        A query, and what was certainly not carried out, is sent to the next node, until the deadline. Raises
         sqlite3.OperationalError for what has no known outcome.
         """
-        is_query, body = path.startswith("/db/query"), json.dumps(statements).encode()
+        is_query = path.startswith("/db/query")
+        body = json.dumps(statements).encode()
         timeout_s += len(body) / BYTES_A_SECOND
         while True:
-            asked, left_s = self._preferred, deadline - time.monotonic()
+            asked = self._current
+            left_s = deadline - time.monotonic()
             try:
                 return self._ask(self._nodes[asked], path, body, left_s if is_query else min(left_s, timeout_s))
             except (NotTaken, OSError, http.client.HTTPException) as error:
-                self._preferred = (asked + 1) % len(self._nodes)
-                can_repeat = isinstance(error, NotTaken) or is_query
+                self._current = (asked + 1) % len(self._nodes)
+                can_repeat = is_query or isinstance(error, NotTaken)
                 if not can_repeat or time.monotonic() + PAUSE_S > deadline:
                     raise sqlite3.OperationalError(f"{type(error).__name__}: {error}") from None
             time.sleep(PAUSE_S)
 
     def _ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
-        with node.answer("POST", path, body, max(timeout_s, PAUSE_S)) as answer:
+        with node.request("POST", path, body, timeout_s) as answer:
             text = answer.read().decode(errors="replace").strip()
         found: Any = None
         if answer.status == 200:
             with contextlib.suppress(ValueError):
                 found = json.loads(text)
-        if isinstance(found, dict) and isinstance(found.get("results"), list):
+        found = found if isinstance(found, dict) else {}
+        error = str(found.get("error", text))
+        if "error" not in found and isinstance(found.get("results"), list):
             return found["results"]
-        error = str(found["error"]) if isinstance(found, dict) and "error" in found else text
+        # The last one: the node could not send it to the leader.
         if error.endswith(("not leader", "leader not found")) or "write protobuf" in error:
             raise NotTaken(f"{node.name}: {error}")
-        if error.startswith("node failed to process"):  # the node has asked the leader, and got no answer
+        if error.startswith("node failed to process"):  # it has sent it to the leader, and got no answer
             raise OSError(f"{node.name}: {error}")
         raise sqlite3.OperationalError(f"{node.name}: {answer.status} {error[:200]}")
 
-    def _error(self, text: str) -> sqlite3.Error:
-        """Return what SQLite would have raised, with the name of its code."""
-        error = sqlite3.OperationalError(text)
-        error.sqlite_errorname = next((name for pattern, name in ERRORS if re.match(pattern, text)), "")
-        if text in self._raised:
+    def _error_in(self, answer: dict[str, Any]) -> sqlite3.Error | None:
+        """Return what SQLite would have raised, with the name of its code, or None."""
+        if "error" not in answer:
+            return None
+        error = sqlite3.OperationalError(answer["error"])
+        error.sqlite_errorname = next((name for pattern, name in ERRORS if re.match(pattern, answer["error"])), "")
+        if answer["error"] in self._raise_texts:
             error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
         return error
 
 
-def acting_keys(db: sqlite3.Connection) -> set[tuple[str, str]]:
-    """Return the tables with rows of which others are deleted or changed, each with the name of the other table."""
-    found = db.execute(
-        "SELECT p.name, s.name FROM sqlite_schema AS s, pragma_foreign_key_list(s.name) AS k, sqlite_schema AS p"
-        " WHERE s.type = 'table' AND k.on_delete IN ('CASCADE', 'SET NULL', 'SET DEFAULT')"
-        """ AND p.type = 'table' AND p.name = k."table" COLLATE NOCASE"""
+def spelled(sql: str) -> str:
+    """Return SQL with one space between its tokens, and with nothing in its strings, except 'now'."""
+    words = []
+    for token in service.normal(sql):
+        word = "''" if token[0] == "'" else token
+        words.append("'now'" if token[1:-1].lower() == "now" else word)
+    return " ".join(words)
+
+
+def json_value(value: str) -> str:
+    """Return the SQL of a value for json_array(): a BLOB in hexadecimal, and as a text what json() has made."""
+    return f"CASE typeof({value}) WHEN 'blob' THEN lower(hex({value})) WHEN 'text' THEN {value} || '' ELSE {value} END"
+
+
+def keys_with_on_delete(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Return (parent, child) for each foreign key whose ON DELETE changes rows of the child."""
+    return set(
+        db.execute(
+            "SELECT p.name, s.name FROM sqlite_schema AS s, pragma_foreign_key_list(s.name) AS k, sqlite_schema AS p"
+            " WHERE s.type = 'table' AND k.on_delete IN ('CASCADE', 'SET NULL', 'SET DEFAULT')"
+            """ AND p.type = 'table' AND p.name = k."table" COLLATE NOCASE"""
+        )
     )
-    return set(found)
 
 
 def is_whole(database: str) -> bool:
@@ -481,47 +474,43 @@ def is_whole(database: str) -> bool:
         return db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
 
 
-def json_value(value: str) -> str:
-    """Return the SQL that writes a value as JSON; a BLOB in hexadecimal, as service.report_row() has it."""
-    as_text = (
-        f"CASE typeof({value}) WHEN 'blob' THEN lower(hex({value})) WHEN 'text' THEN {value} || '' ELSE {value} END"
-    )
-    return f"json_quote({as_text})"  # || makes a text of JSON
-
-
-def together(entries: list[Entry]) -> list[list[Entry]]:
-    """Return the entries in groups that one statement can insert: messages for the same stream, or one batch."""
-    groups: list[list[Entry]] = []
-    open_groups: dict[str, tuple[list[Entry], int]] = {}  # by stream, with their bytes
+def portions(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """Yield the entries in lists of about REQUEST_BYTES."""
+    portion, size = [], 0
     for entry in entries:
-        if entry.batch or not entry.bodies:
-            groups.append([entry])
-            continue
-        group, size = open_groups.get(entry.stream.name, ([], 0))
-        if not group:
-            groups.append(group)
-        group.append(entry)
-        size += len(entry.bodies[0])
-        open_groups[entry.stream.name] = (group, size) if size < REQUEST_BYTES else ([], 0)
-    return groups
+        portion.append(entry)
+        size += sum(map(len, entry.bodies))
+        if size >= REQUEST_BYTES or entry is entries[-1]:
+            yield portion
+            portion, size = [], 0
 
 
-def insert_of(group: list[Entry], received_at: str) -> list:
-    """Return the statement that inserts the messages of a group, with its parameters; rqlited keeps JSON as it is."""
-    stream = group[0].stream
-    if stream is None:  # it only tries to write
+def grouped(entries: list[Entry]) -> list[list[Entry]]:
+    """Return groups that one statement can insert: the messages of one stream, or one batch."""
+    groups: dict[Any, list[Entry]] = {}
+    for entry in entries:
+        alone = entry.batch or not entry.bodies
+        groups.setdefault(entry if alone else entry.stream.name, []).append(entry)
+    return list(groups.values())
+
+
+def rows_of(group: list[Entry], received_at: str) -> list[tuple]:
+    return [row for entry in group for row in service.rows_of(entry, received_at)]
+
+
+def insert_of(stream: Stream | None, rows: list[tuple]) -> list:
+    """Return the statement that inserts rows, with its parameter: one JSON text, which rqlited takes for no BLOB."""
+    if stream is None:  # for /healthz: a write that changes nothing
         return ["UPDATE clients SET name = name WHERE false"]
     into, _, _ = stream.insert.partition(" VALUES ")
     columns = ", ".join(f"j.value ->> {n}" for n in range(4 + stream.has_headers))
-    rows = [row for entry in group for row in service.rows_of(entry, received_at)]
     return [f"{into} SELECT {columns} FROM json_each(?) AS j", json.dumps(rows)]
 
 
-def stored(group: list[Entry], last: int, received_at: str) -> dict[Entry, Stored]:
-    """Return the results of entries whose messages have the ids up to this one."""
-    found, count = {}, sum(len(entry.bodies) for entry in group)
-    first = last - count + 1
-    for entry in group:
-        found[entry] = Stored(first, first + len(entry.bodies) - 1, received_at, len(entry.bodies))
-        first += len(entry.bodies)
-    return found
+def results_of(group: list[Entry], last: int, received_at: str) -> dict[Entry, Stored]:
+    """Return the results of entries whose messages have the ids up to last."""
+    results = {}
+    for entry in reversed(group):
+        results[entry] = Stored(last - len(entry.bodies) + 1, last, received_at, len(entry.bodies))
+        last -= len(entry.bodies)
+    return results
