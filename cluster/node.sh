@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Runs one node of a cluster:  node.sh FOLDER [FLAG OF rqlited …]
 #
-# A node whose SQLite finds no room goes on without the row, and differs from the others from then on. So this kills it
-# while there is room left (ROOM_MIB, 512), and starts it again when there is twice as much: then it takes from the others
-# what it has missed. It also sees to -fk: without it, a node checks no foreign keys.
+# A node whose SQLite finds no room for a row goes on without it, and differs from the others from then on. So this kills
+# the node while ROOM_MIB (512) are still free. It starts the node when twice as much is free, also the first time; then
+# the node takes from the others what it has missed. It adds -fk: without that, a node checks no foreign keys.
 set -euo pipefail
 folder=$1
 shift
 room_mib=${ROOM_MIB:-512}
 node=
-trap 'kill -TERM $node 2>/dev/null || exit 0' TERM INT
+trap 'kill -TERM $node 2>/dev/null || exit 0' TERM INT # exit if there is no node
 mkdir -p "$folder"
 
 free_mib() { df --output=avail --block-size=1M "$folder" | tail -n 1; }
@@ -17,7 +17,7 @@ free_mib() { df --output=avail --block-size=1M "$folder" | tail -n 1; }
 while true; do
     until (($(free_mib) > 2 * room_mib)); do
         echo "node.sh: less than $((2 * room_mib)) MiB are free for $folder: the node is not started" >&2
-        sleep 5 & wait $!
+        sleep 5 & wait $! || true # so that a signal is handled at once
     done
     "${RQLITED:-rqlited}" -fk "$@" "$folder" &
     node=$!

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Starts three nodes on this machine, for a first look:  cluster/start.sh [FOLDER]
 #
-# They serve on the ports 4101, 4102 and 4103, until you press Ctrl+C; what they hold stays in FOLDER (cluster/data).
-# If there is no rqlited on the path, it is built here, which needs Go and a C compiler and takes some minutes.
+# They serve on the ports 4101, 4102 and 4103, until you press Ctrl+C. Their data stay in FOLDER (cluster/data).
+# If there is no rqlited on the path, it is built here, which needs Go 1.24 and a C compiler, and takes some minutes.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-$here/data}
