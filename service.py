@@ -237,7 +237,7 @@ def settings_from(flags: dict[str, Any]) -> Settings:
     for each in fields(Settings):
         variable = f"INLET_{each.name.upper()}"
         text = flags.get(each.name)
-        text = os.environ.get(variable) or None if text is None else text
+        text = os.environ.get(variable, "").strip() or None if text is None else text
         if text is not None:
             if not re.fullmatch(each.metadata["pattern"], text, re.ASCII):
                 raise SetupError(f"{each.metadata['flag']} ({variable}) takes {each.metadata['takes']}, not {text!r}")
@@ -800,7 +800,7 @@ class Store:
                 with self._mutex:
                     group, self.queue = self.queue, []
                 inserted = self.database.insert(db, group, self._clock())
-                written = [self._result(db, *each) for each in zip(group, inserted, strict=True)]
+                written = self._results(db, group, inserted)
             results = written
         except (sqlite3.Error, OSError, MemoryError) as error:
             failure = error
@@ -821,23 +821,22 @@ class Store:
                 new = [each for each in results if isinstance(each, Stored) and not each.replayed]
                 self.statistics.committed(time.monotonic() - began, sum(each.count for each in new))
 
-    def _result(self, db: sqlite3.Connection, entry: Entry, inserted: Stored | Exception) -> Stored | Problem:
-        if isinstance(inserted, Stored):
-            return inserted
-        return self._replay(db, entry) or self._refusal(entry, inserted)
+    def _results(
+        self, db: sqlite3.Connection, group: list[Entry], inserted: list[Stored | Exception]
+    ) -> list[Stored | Problem]:
+        """Return the results of entries, of which some were inserted, and the others have an error."""
+        results = dict(zip(group, inserted, strict=True))
+        refused = [entry for entry in group if not isinstance(results[entry], Stored)]
+        keyed = [entry for entry in refused if entry.key is not None]
+        rows = dict(zip(keyed, self.database.fetch(db, [stored_under_key(entry) for entry in keyed]), strict=True))
+        for entry in refused:
+            results[entry] = self._replay(entry, rows.get(entry, [])) or self._refusal(entry, results[entry])
+        return list(results.values())
 
-    def _replay(self, db: sqlite3.Connection, entry: Entry) -> Stored | Problem | None:
-        """Return what was stored under the key of an entry, a Problem if that was something else, or None."""
-        if entry.key is None:
-            return None
-        # The keys of lines are between `key ` and `key!`.
-        keys = {"client": entry.client, "key": entry.key, "first": key_of_line(entry.key, ""), "end": entry.key + "!"}
-        rows = db.execute(
-            f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
-            " WHERE t.client COLLATE BINARY = :client AND (t.key COLLATE BINARY = :key"
-            " OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end) ORDER BY t.id",
-            keys,
-        ).fetchall()
+    def _replay(self, entry: Entry, rows: list[tuple] | Exception) -> Stored | Problem | None:
+        """Return what the rows under the key of an entry stand for, a Problem if for something else, or None."""
+        if isinstance(rows, Exception):
+            return storage_problem(rows)
         sent = {key_of_line(entry.key, line): body for line, body in enumerate(entry.bodies, 1)}
         stored = {key: body for _, _, key, body in rows}
         if stored == sent or (stored and entry.signed):
@@ -929,7 +928,19 @@ def rows_of(entry: Entry, received_at: str) -> Iterator[tuple]:
         yield received_at, entry.client, key_of_line(entry.key, entry.line), body, *entry.headers
 
 
-def key_of_line(key: str | None, line: int | str) -> str | None:
+def stored_under_key(entry: Entry) -> tuple[str, dict[str, Any]]:
+    """Return the SQL of the rows that have the key of an entry, and its parameters."""
+    return (
+        f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
+        " WHERE t.client COLLATE BINARY = :client AND (t.key COLLATE BINARY = :key"
+        " OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end) ORDER BY t.id LIMIT :most",
+        # The keys of lines are between `key ` and `key!`. One row too many shows that it was something else.
+        {"client": entry.client, "key": entry.key, "first": f"{entry.key} ", "end": f"{entry.key}!"}
+        | {"most": -1 if entry.signed else len(entry.bodies) + 1},
+    )
+
+
+def key_of_line(key: str | None, line: int) -> str | None:
     """Return the key of one line: line 1 has the batch's key k1, line 2 has `k1 2`. No client's key has a space."""
     return key if key is None or line == 1 else f"{key} {line}"
 
@@ -951,6 +962,8 @@ SQLITE_STEPS = 10_000  # between two looks at the clock: less than 10 ms
 def database_at(where: str) -> "Database":
     """Return the engine for the setting --database. That of rqlite is loaded only if it is used."""
     if not where.startswith(("http://", "https://")):
+        if re.match(r"https?:|[^/]*:\d+(,|$)", where, re.IGNORECASE):
+            raise SetupError("--database (INLET_DATABASE) begins with http:// or https:// if it is for a cluster")
         return Database(Path(where))
     sys.modules.setdefault("service", sys.modules[__name__])  # it is __main__ now, and would be loaded once more
     from cluster.rqlite import Cluster
@@ -1117,6 +1130,10 @@ class Database:
     def insert(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Exception]:
         """Insert the rows of entries. An error that is returned has undone only its entry; any other is raised."""
         return [self._insert(db, entry, received_at) for entry in entries]
+
+    def fetch(self, db: sqlite3.Connection, queries: list[tuple[str, dict]]) -> list[list[tuple]]:
+        """Return the rows of each query."""
+        return [db.execute(*query).fetchall() for query in queries]
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Exception:
         if not entry.bodies:
@@ -1495,8 +1512,9 @@ class Clients:
         # What is looked up is a digest: how long that takes says nothing about how much of a token is right.
         digest = digest_of(password_in(credentials) if scheme == "basic" else credentials)
         if digest not in self._by_digest and time.monotonic() > self._missed_at + CLIENTS_RETRY_S:
-            self._missed_at = time.monotonic()
+            began = time.monotonic()
             self.read()  # it may be new
+            self._missed_at = time.monotonic() + 9 * (time.monotonic() - began)  # so that strangers cost a tenth of it
         client = self._by_digest.get(digest)
         if client is None:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
@@ -2736,8 +2754,8 @@ class Migration:
         tables = [name for kind, name in new if kind == "table" and (kind, name) in old]
         rebuilt = [name for name in tables if rules_for_rows(old, name) != rules_for_rows(new, name)]
         for each in (each for each in gone if each.kind == "table"):
-            (count,) = self._db.execute(f"SELECT count(*) FROM {quoted(each.name)}").fetchone()
-            if count:
+            if self._db.execute(f"SELECT 1 FROM {quoted(each.name)}").fetchone():
+                (count,) = self._db.execute(f"SELECT count(*) FROM {quoted(each.name)}").fetchone()
                 left = f"the table {each.name} is not in the schema and holds {count} messages"
                 raise SetupError(f"{left}: put it back, or drop it by hand")
             self._drop_keeping_used_ids(each.name)
@@ -2991,6 +3009,7 @@ curl -i {to} -H "Authorization: Bearer {token}" -H "Content-Type: application/js
 
 def client_command(database: Database, words: list[str], options: argparse.Namespace) -> None:
     """List the clients, or add or remove one, whatever schema.sql looks like; SetupError if that makes no sense."""
+    secret = ""
     with database.alone() as db:
         db.execute("BEGIN IMMEDIATE")
         make_clients(db)
@@ -3000,7 +3019,7 @@ def client_command(database: Database, words: list[str], options: argparse.Names
                 for row in db.execute(f"SELECT {listed} FROM clients AS c ORDER BY c.name, c.made_at"):
                     print(*row, sep="\t")
             case ["add", name]:
-                print(add_client(db, name, options))
+                secret = add_client(db, name, options)
             case ["remove", name, *rest] if len(rest) < 2:
                 digest = rest[0] if rest else ""
                 tokens = "FROM clients WHERE name = ?1 AND substr(token, 1, length(?2)) = ?2"
@@ -3013,6 +3032,8 @@ def client_command(database: Database, words: list[str], options: argparse.Names
             case _:
                 raise SetupError("client takes add NAME [--can GRANT …], list, or remove NAME, with --can at the end")
         db.execute("COMMIT")
+    if secret:
+        print(secret)
 
 
 def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -> str:

@@ -986,6 +986,21 @@ def test_a_token_comes_as_bearer_or_as_the_password_of_basic(authorization, clie
     assert client.simulate_get("/messages", headers={"Authorization": authorization}).status_code == 200
 
 
+def test_wrong_tokens_cost_little_where_the_clients_are_slow_to_read(client, store, monkeypatch):
+    """The server's loop looks a token up that it does not know: on a cluster, that is a request."""
+    reader, reads = store.database.reader, []
+
+    def slow(*arguments):
+        reads.append(arguments)
+        time.sleep(0.1)
+        return reader(*arguments)
+
+    monkeypatch.setattr(store.database, "reader", slow)
+    for n in range(50):
+        assert client.get("/messages", Authorization=f"Bearer wrong-{n}").status_code == 401
+    assert len(reads) <= 3
+
+
 def test_a_client_may_do_what_it_was_granted(store):
     for can, allowed in {
         "write": "write:messages write:readings", "read": "read:messages read:readings", "": "",

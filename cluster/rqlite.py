@@ -9,6 +9,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import re
 import select
 import shutil
@@ -31,24 +32,28 @@ COPY_TIMEOUT_S = 600.0
 BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
 PAUSE_S = 0.05  # before a node is asked again
+LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
 READS = re.compile(r"SELECT|EXPLAIN|PRAGMA (?!\w+ =)")
 BLOB = re.compile(r"\s*x'[0-9a-f]*'\s*", re.IGNORECASE)  # a text that rqlite takes for a BLOB
 ROW_AS_JSON = "row as JSON"  # the name of a column that has a whole row, as JSON in hexadecimal
 MADE_BY_ANOTHER = "table clients already exists"
 
-# SQL whose result differs between nodes, in anything but a view: a pattern for spelled(), and the reason.
-TIME_OF_MESSAGE = r"(?:\w+ \. )?received_at\b"
-TIME_FUNCTIONS = "date|time|datetime|julianday|unixepoch"
-ONLY_RECEIVED_AT = "a time can be 'now', and each node has a clock of its own; only received_at is safe"
+# SQL whose result differs between nodes: a pattern for spelled(), and the reason.
+TIME = "date|time|datetime|julianday|unixepoch"
+RECEIVED_AT = r"(?:\w+ \. )?received_at(?: , '')* \)"  # and modifiers
+OWN_CLOCK = "each node has a clock of its own"
 UNSAFE_RULES = (
     (r"\b(?:random|randomblob) \(", "each node has random numbers of its own"),
-    (r"\bcurrent_(?:date|time|timestamp)\b", "each node has a clock of its own"),
-    (rf"\b(?:{TIME_FUNCTIONS}|strftime) \((?: \)|[^)]*['\"]now)", "each node has a clock of its own"),
-    (rf"^create trigger .*\b(?:{TIME_FUNCTIONS}) \( (?!{TIME_OF_MESSAGE})", ONLY_RECEIVED_AT),
-    (rf"^create trigger .*\bstrftime \( (?!'' , {TIME_OF_MESSAGE})", ONLY_RECEIVED_AT),
+    (r"\bcurrent_(?:date|time|timestamp)\b|\btimediff \(", OWN_CLOCK),
+    (rf"\b(?:{TIME}|strftime) \((?: \)| '' \)|[^)]*'(?:now|localtime|utc)')", OWN_CLOCK),
     (r"\b(?:changes|total_changes|last_insert_rowid) \(", "each node counts for itself"),
-    (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes on a cluster"),
+    (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes"),
+)
+FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
+UNSAFE_IN_TRIGGERS = (
+    rf"\b(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
+    f"{OWN_CLOCK}, and a message could say 'now': a time here is received_at, with modifiers in quotes",
 )
 # The names of SQLite's errors, by what it says: rqlite gives no names. An error without one is a 503.
 ERRORS = (
@@ -56,6 +61,7 @@ ERRORS = (
     ("CHECK constraint failed: ", "SQLITE_CONSTRAINT_CHECK"),
     ("UNIQUE constraint failed: ", "SQLITE_CONSTRAINT_UNIQUE"),
     ("FOREIGN KEY constraint failed$", "SQLITE_CONSTRAINT_FOREIGNKEY"),
+    (r"cannot store \w+ value in \w+ column ", "SQLITE_CONSTRAINT_DATATYPE"),
     ("datatype mismatch$", "SQLITE_MISMATCH"),
     ("string or blob too big$", "SQLITE_TOOBIG"),
     ("integer overflow$|malformed JSON$|bad JSON path|JSON path error|JSON cannot hold ", "SQLITE_ERROR"),
@@ -65,9 +71,12 @@ ERRORS = (
 )
 # Errors of one node. Other nodes may have carried out the statement.
 FAULT = re.compile(
-    "disk I/O error|database or disk is full|out of memory|database disk image|database .*is locked|attempt to write"
-    "|unable to open|file is not a database|interrupted|.*timeout|context "
+    "disk I/O error|database or disk is full|out of memory$|database disk image is malformed|database .*is locked$"
+    "|attempt to write a readonly database|unable to open database file|file is not a database|interrupted$"
+    "|(?:execute|query) timeout$|context "
 )
+# What migrate has not found in the copy must not be in the cluster either: a row in this table undoes all of it.
+GUARD = '"must not be there when it migrates"'
 
 
 class NotTaken(sqlite3.OperationalError):
@@ -78,7 +87,13 @@ class Node:
     """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or a path."""
 
     def __init__(self, url: SplitResult):
-        if not url.hostname or url.path.strip("/") or url.query:
+        if (
+            not url.hostname
+            or not re.fullmatch(r"[\w.:-]+", url.hostname)
+            or url.path.strip("/")
+            or url.query
+            or url.fragment
+        ):
             raise ValueError(url)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         self.name = f"{url.hostname}:{url.port or 4001}"
@@ -88,6 +103,7 @@ class Node:
             user = f"{unquote(url.username)}:{unquote(url.password or '')}"
             self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
         self._idle: list[tuple[http.client.HTTPConnection, float]] = []
+        os.register_at_fork(after_in_child=self.close)  # two processes must not use one connection
 
     @contextlib.contextmanager
     def request(self, method: str, path: str, body: bytes, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
@@ -101,7 +117,7 @@ class Node:
             connection = self._new(timeout=min(timeout_s, CONNECT_TIMEOUT_S))
             try:
                 connection.connect()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: of a name that is no name
                 raise NotTaken(f"{self.name}: {error}") from None
         try:
             connection.sock.settimeout(timeout_s)
@@ -163,7 +179,7 @@ class Connection:
                 if str(error) != MADE_BY_ANOTHER:  # a process that started at the same moment
                     raise
         elif sql != "BEGIN IMMEDIATE":
-            self._writes.append([sql, *values])
+            self._writes.append(statement(sql, values))
         return Rows()
 
 
@@ -175,8 +191,10 @@ class Recorder:
     writes: list[list] = field(default_factory=list)
 
     def execute(self, sql: str, values: tuple = ()) -> sqlite3.Cursor:
-        if service.normal(sql)[0] in ("create", "drop", "insert", "update"):
-            self.writes.append([sql, *values])
+        if sql.startswith("SELECT 1 "):
+            self.writes.append([f"INSERT INTO {GUARD} {sql}", *values])
+        elif service.normal(sql)[0] in ("create", "drop", "insert", "update"):
+            self.writes.append(statement(sql, values))
         return self.copy.execute(sql, values)
 
     @property
@@ -195,7 +213,6 @@ class Cluster:
         except ValueError:  # without the value, for it can hold a password
             raise SetupError("--database takes http://USER:PASSWORD@HOST:PORT,HOST:PORT,… for a cluster") from None
         self._current = 0  # the node that is asked
-        self._raise_texts: set[str] = set()
 
     def __str__(self) -> str:
         return f"the cluster at {', '.join(node.name for node in self._nodes)}"
@@ -213,25 +230,26 @@ class Cluster:
         new_schema: what is made if there is nothing. Without it, SetupError is raised then.
         """
         if new_schema:
-            self._read_rules(new_schema)
+            require_same_in_every_node(new_schema)
             self._require_foreign_keys()
         else:
             self._require_database()
         yield Connection(self, "strong", time.monotonic() + BUSY_TIMEOUT_S)
+        if new_schema:
+            self._try_out(new_schema)
 
-    def _read_rules(self, schema: Schema) -> None:
-        """Keep the texts of RAISE. Raises SetupError if the nodes would compute a rule of schema.sql differently."""
-        inserts = [("an INSERT", sql) for sql in schema.statements if service.normal(sql)[0] == "insert"]
-        objects = [made for made in schema.objects.values() if made.kind != "view"]
-        for name, sql in [*((str(made), made.sql) for made in objects), *inserts]:
-            for pattern, reason in UNSAFE_RULES:
-                if re.search(pattern, spelled(sql)):
-                    raise SetupError(f"{name}: on a cluster, {reason}")
-        for trigger in (made for made in objects if made.kind == "trigger"):
-            if re.search(rf"\binto \W?{re.escape(trigger.table)}\b", service.plain(trigger.sql)):
-                raise SetupError(f"{trigger}: on a cluster, a trigger cannot insert into its own table")
-            texts = re.findall(r"\braise \( abort , '((?:[^']|'')*)'", service.plain(trigger.sql))
-            self._raise_texts.update(text.replace("''", "'") for text in texts)
+    def _try_out(self, schema: Schema) -> None:
+        """Raise SetupError if the SQLite of the nodes cannot use a stream or a view."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        for stream in schema.streams.values():
+            try:
+                if stream.takes:
+                    self.execute_all([[stream.explain[0], *stream.explain[1]]], deadline)
+                else:
+                    self.query(f'EXPLAIN SELECT * FROM "{stream.name}"', (), "weak", deadline)
+            except sqlite3.Error as error:
+                if not str(error).startswith(("no such table", "no such column")):  # migrate is needed
+                    raise SetupError(f"{stream.name} cannot be used in {self}: {error}") from None
 
     def _require_database(self) -> None:
         sql = "SELECT 1 FROM sqlite_schema AS s WHERE s.name = 'clients'"
@@ -268,13 +286,15 @@ class Cluster:
                 for group, answer in zip(waiting, answers, strict=True):
                     error = self._error_in(answer)
                     if not error:
-                        results |= results_of(group, answer.get("last_insert_id", 0), received_at)
-                    elif len(group) > 1 and not FAULT.match(str(error)):
+                        results |= results_of(group, answer, received_at)
+                    elif error.sqlite_errorname not in service.REFUSALS and FAULT.match(str(error)):
+                        results |= dict.fromkeys(group, error)
+                    elif len(group) > 1:
                         refused += [[entry] for entry in group]
-                    elif group[0].batch and not FAULT.match(str(error)):
+                    elif group[0].batch:
                         results[group[0]] = self._insert_lines(group[0], received_at, db.deadline)
                     else:
-                        results |= dict.fromkeys(group, error)
+                        results[group[0]] = error
                 waiting = refused
         return [results[entry] for entry in entries]
 
@@ -287,7 +307,8 @@ class Cluster:
             return error
         entry.line = len(answers)  # they end at the one that was refused
         error = self._error_in(answers[-1])
-        return error or results_of([entry], answers[-1]["last_insert_id"], received_at)[entry]
+        last = answers[-1] | {"rows_affected": len(answers)}
+        return error or results_of([entry], last, received_at)[entry]
 
     def execute_all(self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S) -> None:
         """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known."""
@@ -305,22 +326,24 @@ class Cluster:
 
     def query(self, sql: str, values: tuple | dict, level: str, deadline: float) -> Rows:
         """Return the rows of a query."""
-        parameters = list(values)
-        if isinstance(values, dict):
-            for name, value in values.items():
-                if isinstance(value, str) and BLOB.fullmatch(value):
-                    sql = re.sub(rf":{name}\b", f"(:{name} ->> '$')", sql)
-                    values = values | {name: json.dumps(value)}
-            parameters = [values]
+        (rows,) = self._query([(sql, values)], level, deadline)
+        if isinstance(rows, sqlite3.Error):
+            raise rows
+        return rows
+
+    def fetch(self, db: Connection, queries: list[tuple[str, dict]]) -> list[Rows | sqlite3.Error]:
+        """Return the rows of each query, or its error."""
+        try:
+            return self._query(queries, db.level, db.deadline) if queries else []
+        except sqlite3.Error as error:
+            return [error] * len(queries)
+
+    def _query(self, queries: list[tuple[str, Any]], level: str, deadline: float) -> list[Rows | sqlite3.Error]:
         left_ms = max(1, int((deadline - time.monotonic()) * 1000))
         path = f"/db/query?level={level}&timeout={left_ms + 500}ms&db_timeout={left_ms}ms"
-        (answer,) = self._send(path, [[sql, *parameters]], deadline + 1)  # the node ends a slow query before that
-        if error := self._error_in(answer):
-            raise error
-        rows = answer.get("values", ())
-        if answer["columns"] == [ROW_AS_JSON]:
-            rows = (json.loads(bytes.fromhex(text).decode(errors="replace")) for (text,) in rows)
-        return Rows(map(tuple, rows))
+        # The node ends a slow query before the deadline that is given here.
+        answers = self._send(path, [statement(*query) for query in queries], deadline + 1)
+        return [self._error_in(answer) or rows_in(answer) for answer in answers]
 
     def page_sql(self, stream: Stream, conditions: str) -> str:
         """Return the SQL of a page. The node ends the page after about PAGE_BYTES.
@@ -331,14 +354,17 @@ class Cluster:
         order = " ORDER BY t.id" if stream.has_ids else ""
         columns = ("body", *["headers"] * stream.has_headers) if stream.has_ids else stream.fields
         size = " + ".join(f"ifnull(octet_length(t.{service.quoted(column)}), 0)" for column in columns)
-        bytes_before = f"sum({size}) OVER ({order} ROWS UNBOUNDED PRECEDING) - ({size})"
+        # Of the rows before the last one: a report says whether there is one more.
+        bytes_before = f"sum({size}) OVER ({order} ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING)"
         page = f'SELECT t.*, {bytes_before} AS "bytes before" FROM "{stream.name}" AS t WHERE {conditions}{order}'
         selected = ", ".join(stream.selected)
         if not stream.takes:
             selected = (
                 f"hex(json_array({', '.join(map(json_value, stream.selected))})) AS {service.quoted(ROW_AS_JSON)}"
             )
-        return f'SELECT {selected} FROM ({page} LIMIT :limit) AS t WHERE t."bytes before" < {PAGE_BYTES}{order}'
+        return (
+            f'SELECT {selected} FROM ({page} LIMIT :limit) AS t WHERE ifnull(t."bytes before", 0) < {PAGE_BYTES}{order}'
+        )
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of the database, by the name of the metric."""
@@ -372,7 +398,7 @@ class Cluster:
 
         The copy shows which rows break a rule. The cluster copies tables of its own, with the messages that came since.
         """
-        self._read_rules(schema)
+        require_same_in_every_node(schema)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy.db"
             self.copy_to(str(copy))
@@ -387,7 +413,8 @@ class Cluster:
                     f"table {parent} cannot be changed on a cluster: ON DELETE in {child} would take effect"
                 )
         if recorder.writes:
-            writes = [["PRAGMA defer_foreign_keys = ON"], *recorder.writes]
+            guard = f"CREATE TABLE {GUARD} (found CHECK (false))"
+            writes = [["PRAGMA defer_foreign_keys = ON"], [guard], *recorder.writes, [f"DROP TABLE {GUARD}"]]
             self.execute_all(writes, time.monotonic() + COPY_TIMEOUT_S, COPY_TIMEOUT_S)
 
     # Requests
@@ -401,61 +428,153 @@ class Cluster:
         sqlite3.OperationalError for what has no known outcome.
         """
         is_query = path.startswith("/db/query")
-        body = json.dumps(statements).encode()
+        body = json.dumps(statements, ensure_ascii=False).encode(errors="replace")
         timeout_s += len(body) / BYTES_A_SECOND
         while True:
             asked = self._current
             left_s = deadline - time.monotonic()
             try:
-                return self._ask(self._nodes[asked], path, body, left_s if is_query else min(left_s, timeout_s))
-            except (NotTaken, OSError, http.client.HTTPException) as error:
+                answers = self._ask(self._nodes[asked], path, body, left_s if is_query else min(left_s, timeout_s))
+                if "transaction" not in path and len(answers) != len(statements):
+                    raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
+                return answers
+            except (sqlite3.Error, OSError, http.client.HTTPException) as error:
                 self._current = (asked + 1) % len(self._nodes)
                 can_repeat = is_query or isinstance(error, NotTaken)
                 if not can_repeat or time.monotonic() + PAUSE_S > deadline:
-                    raise sqlite3.OperationalError(f"{type(error).__name__}: {error}") from None
+                    raise sqlite3.OperationalError(str(error) or type(error).__name__) from None
             time.sleep(PAUSE_S)
 
     def _ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
+        """Return the answers of a node. Raises NotTaken, or another error if the outcome is not known."""
+        data, until = bytearray(), time.monotonic() + timeout_s
         with node.request("POST", path, body, timeout_s) as answer:
-            text = answer.read().decode(errors="replace").strip()
+            while part := answer.read1(65_536):
+                data += part
+                if time.monotonic() > until or len(data) > LARGEST_ANSWER:
+                    raise TimeoutError(f"{node.name}: the answer has no end")
+            answer.close()  # read1() does not see the end
+        text = data.decode(errors="replace").strip()
         found: Any = None
         if answer.status == 200:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(text)
         found = found if isinstance(found, dict) else {}
         error = str(found.get("error", text))
-        if "error" not in found and isinstance(found.get("results"), list):
-            return found["results"]
-        # The last one: the node could not send it to the leader.
+        answers = found.get("results")
+        if "error" not in found and isinstance(answers, list) and all(isinstance(each, dict) for each in answers):
+            return answers
+        told = f"{node.name}: {answer.status} {error[:200]}"
+        # "write protobuf": the node could not send it to the leader.
         if error.endswith(("not leader", "leader not found")) or "write protobuf" in error:
-            raise NotTaken(f"{node.name}: {error}")
-        if error.startswith("node failed to process"):  # it has sent it to the leader, and got no answer
-            raise OSError(f"{node.name}: {error}")
-        raise sqlite3.OperationalError(f"{node.name}: {answer.status} {error[:200]}")
+            raise NotTaken(told)
+        if answer.status == 401:
+            raise NotTaken(f"{node.name}: the user or the password is not right, or lacks a permission")
+        if 300 <= answer.status < 500:
+            raise NotTaken(told)
+        raise sqlite3.OperationalError(told)
 
     def _error_in(self, answer: dict[str, Any]) -> sqlite3.Error | None:
         """Return what SQLite would have raised, with the name of its code, or None."""
         if "error" not in answer:
             return None
-        error = sqlite3.OperationalError(answer["error"])
-        error.sqlite_errorname = next((name for pattern, name in ERRORS if re.match(pattern, answer["error"])), "")
-        if answer["error"] in self._raise_texts:
+        text = str(answer["error"])
+        error = sqlite3.OperationalError(text)
+        error.sqlite_errorname = next((name for pattern, name in ERRORS if re.match(pattern, text)), "")
+        if not error.sqlite_errorname and self._is_raised(text):
             error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
         return error
 
+    def _is_raised(self, text: str) -> bool:
+        """Is this the text of a RAISE in a trigger? The triggers are asked for, because migrate can change them."""
+        result, literal = False, "'" + text.replace("'", "''") + "'"
+        sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger' AND instr(s.sql, :literal)"
+        with contextlib.suppress(sqlite3.Error):
+            found = self.query(sql, {"literal": literal}, "weak", time.monotonic() + CONNECT_TIMEOUT_S)
+            result = any(f"raise ( abort , {literal} )" in service.plain(trigger) for (trigger,) in found)
+        return result
+
+
+def require_same_in_every_node(schema: Schema) -> None:
+    """Raise SetupError if the nodes would compute a rule of schema.sql differently."""
+    in_triggers = [made for made in schema.objects.values() if made.kind == "trigger"]
+    for made in in_triggers:  # it grows: by the views that they read, and the views that those read
+        words = spelled(made.sql).split(" ")
+        for view in schema.objects.values():
+            if view.kind == "view" and service.fold(view.name) in words and view not in in_triggers:
+                in_triggers.append(view)
+    checked = [(str(made), made.sql) for made in schema.objects.values() if made.kind != "view" or made in in_triggers]
+    checked += [("a statement", sql) for sql in schema.statements if re.match(FILLS_A_TABLE, spelled(sql))]
+    for name, sql in checked:
+        for pattern, reason in UNSAFE_RULES:
+            if re.search(pattern, spelled(sql)):
+                raise SetupError(f"{name}: on a cluster, {reason}")
+    pattern, reason = UNSAFE_IN_TRIGGERS
+    for made in in_triggers:
+        if re.search(pattern, spelled(made.sql)):
+            raise SetupError(f"{made}: on a cluster, {reason}")
+    for stream in (stream for stream in schema.streams.values() if stream.takes):
+        if stream.name in inserted_by_triggers(schema, stream):
+            raise SetupError(f"table {stream.name}: on a cluster, no trigger may insert into the table of its message")
+
+
+def inserted_by_triggers(schema: Schema, stream: Stream) -> set[str]:
+    """Return the tables into which the triggers of a message insert: https://www.sqlite.org/c3ref/set_authorizer.html"""
+    inserted: set[str] = set()
+
+    def note(action: int, table: str | None, _column: Any, _database: Any, trigger: str | None) -> int:
+        if action == sqlite3.SQLITE_INSERT and trigger:
+            inserted.add(table)
+        return sqlite3.SQLITE_OK
+
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        for sql in schema.statements:
+            db.execute(sql)
+        db.set_authorizer(note)
+        db.execute(*stream.explain)
+    return inserted
+
 
 def spelled(sql: str) -> str:
-    """Return SQL with one space between its tokens, and with nothing in its strings, except 'now'."""
+    """Return SQL with a space between its tokens, no quotes around names, and nothing in strings that name no clock."""
     words = []
     for token in service.normal(sql):
-        word = "''" if token[0] == "'" else token
-        words.append("'now'" if token[1:-1].lower() == "now" else word)
+        text = service.fold(token[1:-1])
+        if token[0] in "'\"" and text in ("now", "localtime", "utc"):
+            words.append(f"'{text}'")
+        else:
+            words.append("''" if token[0] == "'" else text if token[0] in '"`[' else token)
     return " ".join(words)
+
+
+def statement(sql: str, values: tuple | dict) -> list:
+    """Return SQL with its parameters, as rqlite takes them. A text that it would take for a BLOB comes as JSON."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if isinstance(value, str) and BLOB.fullmatch(value):
+                sql = re.sub(rf":{name}\b", f"(:{name} ->> '$')", sql)
+                values = values | {name: json.dumps(value)}
+        return [sql, values]
+    if any(isinstance(value, str) and BLOB.fullmatch(value) for value in values):
+        sql = re.sub(r"\?\d*", r"(\g<0> ->> '$')", sql)
+        values = tuple(map(json.dumps, values))
+    return [sql, *values]
+
+
+def rows_in(answer: dict[str, Any]) -> Rows:
+    rows = answer.get("values", ())
+    if answer.get("columns") == [ROW_AS_JSON]:
+        rows = (json.loads(bytes.fromhex(text).decode(errors="replace")) for (text,) in rows)
+    return Rows(map(tuple, rows))
 
 
 def json_value(value: str) -> str:
     """Return the SQL of a value for json_array(): a BLOB in hexadecimal, and as a text what json() has made."""
-    return f"CASE typeof({value}) WHEN 'blob' THEN lower(hex({value})) WHEN 'text' THEN {value} || '' ELSE {value} END"
+    real = f"CASE {value} WHEN 9e999 THEN '9e999' WHEN -9e999 THEN '-9e999' ELSE printf('%!.17g', {value}) END"
+    return (
+        f"CASE typeof({value}) WHEN 'blob' THEN lower(hex({value})) WHEN 'text' THEN {value} || ''"
+        f" WHEN 'real' THEN json({real}) ELSE {value} END"
+    )
 
 
 def keys_with_on_delete(db: sqlite3.Connection) -> set[tuple[str, str]]:
@@ -479,7 +598,7 @@ def portions(entries: list[Entry]) -> Iterator[list[Entry]]:
     portion, size = [], 0
     for entry in entries:
         portion.append(entry)
-        size += sum(map(len, entry.bodies))
+        size += sum(len(body) * (1 if body.isascii() else 4) for body in entry.bodies)
         if size >= REQUEST_BYTES or entry is entries[-1]:
             yield portion
             portion, size = [], 0
@@ -504,12 +623,14 @@ def insert_of(stream: Stream | None, rows: list[tuple]) -> list:
         return ["UPDATE clients SET name = name WHERE false"]
     into, _, _ = stream.insert.partition(" VALUES ")
     columns = ", ".join(f"j.value ->> {n}" for n in range(4 + stream.has_headers))
-    return [f"{into} SELECT {columns} FROM json_each(?) AS j", json.dumps(rows)]
+    return [f"{into} SELECT {columns} FROM json_each(?) AS j", json.dumps(rows, ensure_ascii=False)]
 
 
-def results_of(group: list[Entry], last: int, received_at: str) -> dict[Entry, Stored]:
-    """Return the results of entries whose messages have the ids up to last."""
-    results = {}
+def results_of(group: list[Entry], answer: dict[str, Any], received_at: str) -> dict[Entry, Stored]:
+    """Return the results of entries that were inserted together; OperationalError if their number is not right."""
+    if answer.get("rows_affected", 0) != sum(len(entry.bodies) for entry in group):
+        raise sqlite3.OperationalError(f"rqlite has inserted {answer.get('rows_affected')} rows")
+    results, last = {}, answer.get("last_insert_id", 0)
     for entry in reversed(group):
         results[entry] = Stored(last - len(entry.bodies) + 1, last, received_at, len(entry.bodies))
         last -= len(entry.bodies)

@@ -7,8 +7,15 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-$here/data}
 mkdir -p "$folder"
+for n in 1 2 3; do
+    if curl -s "http://127.0.0.1:410$n/readyz" >/dev/null; then
+        echo "something answers on port 410$n already" >&2
+        exit 1
+    fi
+done
 export RQLITED=${RQLITED:-$(command -v rqlited || echo "$here/rqlited/rqlited")}
 if ! test -x "$RQLITED"; then
+    test "$RQLITED" = "$here/rqlited/rqlited" || { echo "there is no $RQLITED" >&2; exit 1; }
     echo "building rqlited ..."
     go build -C "$here/rqlited" -trimpath -ldflags='-s -w' -o rqlited github.com/rqlite/rqlite/v8/cmd/rqlited
 fi

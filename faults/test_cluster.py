@@ -18,9 +18,10 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
-from common import SCHEMA, Ledger, Server, database, seed, wait_until
+from common import SCHEMA, Ledger, Server, at_once, database, seed, wait_until
 
 import service
+from cluster import rqlite
 from test_service import DEADLINE_S, HERE, TOKEN, send, stream_sql
 
 RQLITED = os.environ.get("INLET_RQLITED") or shutil.which("rqlited")
@@ -32,7 +33,7 @@ def ip(*words):
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def network():
     """Three namespaces on one bridge. The front ends stand outside of them, on the bridge."""
     assert RQLITED, "rqlited is not here: INLET_RQLITED names it"
@@ -215,7 +216,7 @@ class Follower:
 
 
 @pytest.fixture
-def nodes(tmp_path):
+def nodes(network, tmp_path):
     cluster = Cluster(tmp_path)
     yield cluster
     cluster.end()
@@ -509,19 +510,28 @@ def test_a_front_end_starts_while_a_node_hangs(nodes):
 @pytest.mark.parametrize(("more", "words"), [
     ("CREATE TABLE x (a DEFAULT (random()));", "table x"), ("CREATE TABLE x (a DEFAULT CURRENT_TIMESTAMP);", "clock"),
     ("CREATE TABLE x (a DEFAULT (datetime('now')));", "clock"), ("CREATE TABLE x (a DEFAULT (unixepoch()));", "clock"),
-    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "an INSERT"),
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "a statement"),
+    ("CREATE TABLE x (a DEFAULT (strftime('%f')));", "clock"), ("CREATE TABLE x (a DEFAULT (strftime('%f', 'NOW')));", "clock"),
+    ("CREATE TABLE x AS SELECT random() AS a;", "a statement"), ('CREATE TABLE x (a DEFAULT ("random"()));', "random"),
+    ("CREATE TABLE x (a); CREATE VIEW recent AS SELECT * FROM messages WHERE received_at > datetime('now', '-1 minute');"
+     " CREATE VIEW few AS SELECT count(*) AS n FROM recent;"
+     " CREATE TRIGGER y BEFORE INSERT ON messages BEGIN SELECT RAISE(ABORT, 'wait') FROM few WHERE n > 9; END;", "view recent"),
+    (stream_sql("audit") + "CREATE TRIGGER y AFTER INSERT ON messages BEGIN INSERT INTO audit (received_at, client, body) VALUES ('t', 'c', '1'); END;"
+     "CREATE TRIGGER z AFTER INSERT ON audit BEGIN INSERT INTO \"Messages\" (received_at, client, body) VALUES ('t', 'c', '1'); END;", "of its message"),
     *[(f"CREATE TABLE x (a, b); CREATE TRIGGER y AFTER INSERT ON messages BEGIN {sql}; END;", words) for sql, words in (
         ("INSERT INTO x (a) VALUES (random())", "random"), ("INSERT INTO x (a) VALUES (datetime())", "clock"),
         ("INSERT INTO x (a) VALUES (date(NEW.body ->> 'day'))", "received_at"), ("INSERT INTO x (a) VALUES (current_time)", "clock"),
         ("INSERT INTO x (a) VALUES (strftime('%s', NEW.body))", "received_at"), ("INSERT INTO x (a) VALUES (changes())", "counts"),
         ("SELECT RAISE(ABORT, \"words\")", "single quotes"),
-        ("INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '1')", "own table"))],
+        ("INSERT INTO x (a) VALUES (strftime('%H', NEW.received_at, 'localtime'))", "clock"),
+        ("INSERT INTO x (a) VALUES (date(NEW.received_at, NEW.body ->> 'by'))", "received_at"),
+        ("INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '1')", "of its message"))],
 ])  # fmt: skip
 def test_rules_that_each_node_would_compute_for_itself_are_refused(more, words, tmp_path):
     (tmp_path / "schema.sql").write_text(stream_sql("messages") + more)
     schema = service.read_schema(tmp_path / "schema.sql")
     with pytest.raises(service.SetupError, match=words):
-        service.database_at(URL)._read_rules(schema)
+        rqlite.require_same_in_every_node(schema)
 
 
 def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
@@ -532,7 +542,7 @@ def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
             INSERT INTO x (a) VALUES (strftime('%Y', NEW.received_at)), (date(NEW.received_at, '-1 day'));
             SELECT RAISE(ABORT, 'it''s not') WHERE NEW.body = '0';
         END;""")  # fmt: skip
-    service.database_at(URL)._read_rules(service.read_schema(tmp_path / "schema.sql"))
+    rqlite.require_same_in_every_node(service.read_schema(tmp_path / "schema.sql"))
 
 
 def test_user_and_password_are_used_and_never_told(tmp_path):
@@ -559,13 +569,115 @@ def test_user_and_password_are_used_and_never_told(tmp_path):
         node.kill()
         node.wait()
     log = (tmp_path / "log").read_text()
-    for where in ("http://inlet:se%3Acret@127.0.0.1:4190", "http://inlet:secret@[x:4001", "http://inlet:secret@a/path"):
+    for where in (
+        "http://inlet:se%3Acret@127.0.0.1:4190", "http://inlet:secret@[x:4001", "http://inlet:secret@a/path", "http://inlet:4001#secret@a",
+        "HTTP://inlet:secret@a:4001", "http://inlet:secret@a..b:4001", "http:inlet:secret@a:4001",
+    ):  # fmt: skip
         line = [sys.executable, str(HERE / "service.py"), "--database", where, "client", "list"]
         done = subprocess.run(line, capture_output=True, text=True, timeout=30)
         assert (done.returncode > 0, done.stderr.count("\n")) == (True, 1)
         log += done.stderr
     assert "127.0.0.1:4190" in log
     assert "cret" not in log
+
+
+def test_a_cluster_without_its_scheme_is_not_taken_for_a_file(tmp_path):
+    for where in ("127.0.0.1:4101,127.0.0.1:4102", "a:4001", "https:a"):
+        with pytest.raises(service.SetupError, match="http://"):
+            service.database_at(where)
+    assert isinstance(service.database_at(str(tmp_path / "a:b.db")), service.Database)
+
+
+# What a group has in common
+
+
+def served(nodes, sql):
+    """A front end on this schema, with a client."""
+    (nodes.folder / "schema.sql").write_text(sql)
+    server = Server(nodes.folder, "--database", URL)
+    nodes.write("INSERT INTO clients (name, token, can) VALUES ('tester', ?, 'write read')", service.digest_of(TOKEN))
+    return server
+
+
+def test_a_rule_that_sounds_like_a_fault_refuses_only_its_message(nodes):
+    words = ("interrupted", "context is required", "out of memory", "timeout")
+    rules = "".join(f" SELECT RAISE(ABORT, '{text}') WHERE NEW.body ->> 'raise' = '{text}';" for text in words)
+    sql = stream_sql(
+        "messages",
+        ", timeout INTEGER NOT NULL AS (body ->> 'timeout') CONSTRAINT \"timeout must be over 0\" CHECK (timeout > 0)",
+    )
+    server = served(nodes, sql + f"CREATE TRIGGER t BEFORE INSERT ON messages BEGIN {rules} END;")
+    bad = [{}, {"timeout": 0}, *({"timeout": 1, "raise": text} for text in words)]
+
+    def sender(bodies):
+        with contextlib.closing(server.connect()) as connection:
+            return [send(connection, "POST", "/messages", json.dumps(body))[0] for body in bodies]
+
+    found = at_once(*[lambda: sender(bad * 5)] * 2, *[lambda: sender([{"timeout": 5}] * 30)] * 8)
+    assert found == [[422] * 30] * 2 + [[201] * 30] * 8
+    lines = "\n".join(['{"timeout": 1}', '{"timeout": 1}', "{}", '{"timeout": 1}'])
+    status, _, data = send(server.connect(), "POST", "/messages", lines, Content_Type="application/x-ndjson")
+    assert (status, json.loads(data)["line"]) == (422, 3)
+
+
+def test_a_rule_that_migrate_has_added_refuses_with_its_words_in_front_ends_that_run(nodes):
+    server = served(nodes, stream_sql("messages"))
+    rule = "CREATE TRIGGER t BEFORE INSERT ON messages WHEN NEW.body = '0' BEGIN SELECT RAISE(ABORT, 'it''s 0'); END;"
+    assert nodes.command("migrate", schema=stream_sql("messages") + rule)[0] == 0
+    status, _, data = send(server.connect(), "POST", "/messages", "0")
+    assert (status, json.loads(data)["detail"]) == (422, "it's 0")
+
+
+def test_a_schema_that_only_the_sqlite_of_this_machine_can_use_is_refused(nodes):
+    rule = "CREATE TABLE x (a); CREATE TRIGGER t AFTER INSERT ON messages BEGIN INSERT INTO x VALUES (sqrt(2)); END;"
+    status, _, error = nodes.command(schema=stream_sql("messages") + rule)
+    assert (status, error.count("\n"), "sqrt" in error) == (2, 1, True)
+
+
+def test_reports_have_the_same_numbers_as_with_a_file_and_say_if_there_is_more(nodes):
+    columns = ", ".join(f"{n} AS c{n}" for n in range(400))
+    views = f"""CREATE VIEW wide AS SELECT {columns};
+        CREATE VIEW large AS SELECT id, body FROM messages;
+        CREATE VIEW numbers AS SELECT 0.1 + 0.2 AS a, 1732622400.123456 AS b, 1.7976931348623157e308 AS c, -9e999 AS d, 1.0 AS e, x'00ff' AS f;"""
+    server = served(nodes, stream_sql("messages") + views)
+    connection = server.connect()
+    text = send(connection, "GET", "/numbers")[2].decode()
+    assert (
+        text
+        == '{"rows": [{"a": 0.30000000000000004, "b": 1732622400.123456, "c": 1.7976931348623157e+308, "d": -9e999, "e": 1.0, "f": "00ff"}]}'
+    )
+    assert json.loads(send(connection, "GET", "/wide")[2])["rows"][0]["c399"] == 399
+    for _ in range(7):
+        assert send(connection, "POST", "/messages", json.dumps("x" * 900_000))[0] == 201
+    answer = json.loads(send(connection, "GET", "/large")[2])
+    assert (len(answer["rows"]), answer.get("more")) == (5, True)
+
+
+def test_migrate_leaves_what_came_meanwhile(nodes):
+    """A stream that is taken out of the file, and a column, have to be empty at the end as well."""
+    headers = stream_sql("messages", ", headers TEXT")
+    database = service.database_at(URL)
+    for before, after, insert in (
+        (stream_sql("messages") + stream_sql("orders"), stream_sql("messages"), "orders (received_at, client, body) VALUES ('t', 'c', '1')"),
+        (headers, stream_sql("messages"), "messages (received_at, client, body, headers) VALUES ('t', 'c', '1', '{}')"),
+    ):  # fmt: skip
+        (nodes.folder / "schema.sql").write_text(before)
+        schema = service.read_schema(nodes.folder / "schema.sql")
+        if not nodes.rows("SELECT 1 FROM sqlite_schema"):
+            service.Store(database, schema).open()
+        else:
+            assert nodes.command("migrate", schema=before)[0] == 0
+        (nodes.folder / "schema.sql").write_text(after)
+        schema = service.read_schema(nodes.folder / "schema.sql")
+        with pytest.raises(sqlite3.Error), database.to_migrate(schema) as db:  # noqa: PT012
+            db.execute("BEGIN IMMEDIATE")
+            assert service.Migration(db, schema).run() == []
+            db.execute("COMMIT")
+            nodes.write(f"INSERT INTO {insert}")
+        table = insert.split()[0]
+        assert nodes.rows(f"SELECT count(*) FROM {table}") == [[1]]
+        nodes.write(f"DELETE FROM {table}")
+        assert nodes.command("migrate", schema=after)[0] == 0
 
 
 # The engine, against nodes that misbehave
@@ -577,7 +689,15 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.server.asked.append(self.path)
         self.rfile.read(int(self.headers["Content-Length"]))
-        if self.server.answer:
+        if self.server.answer == "drip":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+        elif self.server.answer:
             status, text = self.server.answer
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
@@ -608,7 +728,8 @@ GOOD = 200, json.dumps({"results": [{"last_insert_id": 1, "rows_affected": 1}]})
 
 @pytest.mark.parametrize(("answer", "is_sent_again"), [
     (None, False),  # it closes the connection
-    ((500, "x"), False), ((200, "no json"), False), ((200, "[1]"), False), ((200, "{}"), False), ((301, ""), False), ((200, '{"results": [{}], "error": "leadership lost while committing log"}'), False),
+    ((500, "x"), False), ((200, "no json"), False), ((200, "[1]"), False), ((200, "{}"), False), ((200, '{"results": []}'), False),
+    ((200, '{"results": [1]}'), False), ((200, "[" * 9999), False), ((301, ""), True), ((401, ""), True), ((200, '{"results": [{}], "error": "leadership lost while committing log"}'), False),
     ((200, '{"error": "node failed to process Execute on remote node at b: read protobuf length: EOF"}'), False),
     ((503, "leader not found\n"), True), ((200, '{"results": [], "error": "not leader"}'), True),
     ((200, '{"error": "node failed to process Execute on remote node at b: write protobuf bytes: broken pipe"}'), True),
@@ -617,13 +738,17 @@ def test_a_write_is_sent_again_only_if_it_was_certainly_not_taken(answer, is_sen
     first, second, cluster = misbehaving
     first.answer, second.answer = answer, GOOD
     try:
-        cluster.execute_all([["INSERT"]], time.monotonic() + 5)
+        cluster._send("/db/execute", [["INSERT"]], time.monotonic() + 5)
     except sqlite3.OperationalError:
         assert not is_sent_again
     assert (len(first.asked), len(second.asked)) == (1, int(is_sent_again))
+    cluster._send("/db/execute", [["INSERT"]], time.monotonic() + 5)  # the next one goes to the other node
+    assert (len(first.asked), len(second.asked)) == (1, 1 + is_sent_again)
 
 
-@pytest.mark.parametrize("answer", [None, (200, '{"error": "node failed to process Query on remote node at b: EOF"}')])
+@pytest.mark.parametrize("answer", [
+    None, (200, '{"error": "node failed to process Query on remote node at b: EOF"}'), (500, "x"), (401, ""), (200, "<html>"), (200, '{"results": null}'),
+])  # fmt: skip
 def test_a_query_is_sent_again(answer, misbehaving):
     first, second, cluster = misbehaving
     first.answer, second.answer = answer, (200, '{"results": [{"columns": ["1"], "values": [[1]]}]}')
@@ -638,6 +763,52 @@ def test_a_node_that_does_not_answer_holds_a_write_up_for_seconds_only(misbehavi
         with pytest.raises(sqlite3.OperationalError):
             cluster.execute_all([["INSERT"]], started + 10)
         assert 3 < time.monotonic() - started < 6
+
+
+def test_a_node_that_drips_its_answer_holds_nothing_up(misbehaving):
+    first, second, cluster = misbehaving
+    first.answer, second.answer = "drip", (200, '{"results": [{"columns": ["1"], "values": [[1]]}]}')
+    started = time.monotonic()
+    with contextlib.suppress(sqlite3.Error):
+        cluster.query("SELECT 1", (), "weak", started + 1)
+    assert time.monotonic() - started < 4
+    assert cluster.query("SELECT 1", (), "weak", time.monotonic() + 1) == [(1,)]
+
+
+def test_a_write_that_has_inserted_another_number_of_rows_is_not_stored(misbehaving, tmp_path):
+    first, second, cluster = misbehaving
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    stream = service.read_schema(tmp_path / "schema.sql").streams["messages"]
+    entry = service.Entry(stream, "c", None, ["1"])
+    with cluster.transaction(time.monotonic() + 5) as db:
+        for first.answer in (
+            (200, '{"results": [{}]}'),
+            (200, '{"results": [{"last_insert_id": 7, "rows_affected": 2}]}'),
+        ):
+            second.answer = first.answer
+            with pytest.raises(sqlite3.OperationalError):
+                cluster.insert(db, [entry], "t")
+
+
+def test_all_keys_of_a_group_are_looked_up_by_one_request(misbehaving):
+    first, _, cluster = misbehaving
+    first.answer = 200, json.dumps({"results": [{"columns": ["1"], "values": [[n]]} for n in range(50)]})
+    with cluster.transaction(time.monotonic() + 5) as db:
+        assert cluster.fetch(db, [("SELECT 1", {})] * 50) == [[(n,)] for n in range(50)]
+        first.answer = misbehaving[1].answer = 500, ""
+        db.deadline = 0.0
+        assert all(isinstance(each, sqlite3.Error) for each in cluster.fetch(db, [("SELECT 1", {})] * 2))
+    assert len(first.asked) == 2
+
+
+def test_a_child_uses_no_connection_of_its_parent(misbehaving):
+    first, _, cluster = misbehaving
+    first.answer = 200, '{"results": [{"columns": ["1"], "values": [[1]]}]}'
+    cluster.query("SELECT 1", (), "weak", time.monotonic() + 5)
+    assert cluster._nodes[0]._idle
+    if (child := os.fork()) == 0:
+        os._exit(len(cluster._nodes[0]._idle))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # The contract
