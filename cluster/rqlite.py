@@ -89,7 +89,7 @@ class Node:
     def __init__(self, url: SplitResult):
         if (
             not url.hostname
-            or not re.fullmatch(r"[\w.:-]+", url.hostname)
+            or not re.fullmatch(r"[\w:-]+(\.[\w:-]+)*\.?", url.hostname)
             or url.path.strip("/")
             or url.query
             or url.fragment
@@ -102,8 +102,7 @@ class Node:
         if url.username:
             user = f"{unquote(url.username)}:{unquote(url.password or '')}"
             self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
-        self._idle: list[tuple[http.client.HTTPConnection, float]] = []
-        os.register_at_fork(after_in_child=self.close)  # two processes must not use one connection
+        self._idle: list[tuple[http.client.HTTPConnection, float, int]] = []  # when it was used last, by which process
 
     @contextlib.contextmanager
     def request(self, method: str, path: str, body: bytes, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
@@ -126,14 +125,14 @@ class Node:
         except BaseException:
             connection.close()
             raise
-        self._idle.append((connection, time.monotonic()))
+        self._idle.append((connection, time.monotonic(), os.getpid()))
 
     def _idle_connection(self) -> http.client.HTTPConnection | None:
         """Return a connection that is still open, or None. A write on a closed one has no known outcome."""
         with contextlib.suppress(IndexError):
             while True:
-                connection, used_at = self._idle.pop()
-                if connection.sock and time.monotonic() < used_at + IDLE_S:
+                connection, used_at, user = self._idle.pop()
+                if connection.sock and time.monotonic() < used_at + IDLE_S and user == os.getpid():
                     poller = select.poll()
                     poller.register(connection.sock, select.POLLIN)
                     if not poller.poll(0):
@@ -234,8 +233,9 @@ class Cluster:
             self._require_foreign_keys()
         else:
             self._require_database()
-        yield Connection(self, "strong", time.monotonic() + BUSY_TIMEOUT_S)
-        if new_schema:
+        db = Connection(self, "strong", time.monotonic() + BUSY_TIMEOUT_S)
+        yield db
+        if new_schema and not service.differences(db, new_schema):
             self._try_out(new_schema)
 
     def _try_out(self, schema: Schema) -> None:
@@ -248,8 +248,7 @@ class Cluster:
                 else:
                     self.query(f'EXPLAIN SELECT * FROM "{stream.name}"', (), "weak", deadline)
             except sqlite3.Error as error:
-                if not str(error).startswith(("no such table", "no such column")):  # migrate is needed
-                    raise SetupError(f"{stream.name} cannot be used in {self}: {error}") from None
+                raise SetupError(f"{stream.name} cannot be used in {self}: {error}") from None
 
     def _require_database(self) -> None:
         sql = "SELECT 1 FROM sqlite_schema AS s WHERE s.name = 'clients'"
@@ -341,8 +340,9 @@ class Cluster:
     def _query(self, queries: list[tuple[str, Any]], level: str, deadline: float) -> list[Rows | sqlite3.Error]:
         left_ms = max(1, int((deadline - time.monotonic()) * 1000))
         path = f"/db/query?level={level}&timeout={left_ms + 500}ms&db_timeout={left_ms}ms"
+        timeout_s = READ_TIMEOUT_S + 1 if level == "weak" else WRITE_TIMEOUT_S  # only pages may be slow
         # The node ends a slow query before the deadline that is given here.
-        answers = self._send(path, [statement(*query) for query in queries], deadline + 1)
+        answers = self._send(path, [statement(*query) for query in queries], deadline + 1, timeout_s)
         return [self._error_in(answer) or rows_in(answer) for answer in answers]
 
     def page_sql(self, stream: Stream, conditions: str) -> str:
@@ -432,9 +432,8 @@ class Cluster:
         timeout_s += len(body) / BYTES_A_SECOND
         while True:
             asked = self._current
-            left_s = deadline - time.monotonic()
             try:
-                answers = self._ask(self._nodes[asked], path, body, left_s if is_query else min(left_s, timeout_s))
+                answers = self._ask(self._nodes[asked], path, body, min(deadline - time.monotonic(), timeout_s))
                 if "transaction" not in path and len(answers) != len(statements):
                     raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
                 return answers

@@ -807,7 +807,7 @@ def test_a_child_uses_no_connection_of_its_parent(misbehaving):
     cluster.query("SELECT 1", (), "weak", time.monotonic() + 5)
     assert cluster._nodes[0]._idle
     if (child := os.fork()) == 0:
-        os._exit(len(cluster._nodes[0]._idle))
+        os._exit(cluster._nodes[0]._idle_connection() is not None)
     assert os.waitpid(child, 0)[1] == 0
 
 
