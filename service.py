@@ -961,14 +961,14 @@ SQLITE_STEPS = 10_000  # between two looks at the clock: less than 10 ms
 
 def database_at(where: str) -> "Database":
     """Return the engine for the setting --database. That of rqlite is loaded only if it is used."""
-    if not where.startswith(("http://", "https://")):
-        if re.match(r"https?:|[^/]*:\d+(,|$)", where, re.IGNORECASE):
-            raise SetupError("--database (INLET_DATABASE) begins with http:// or https:// if it is for a cluster")
-        return Database(Path(where))
-    sys.modules.setdefault("service", sys.modules[__name__])  # it is __main__ now, and would be loaded once more
-    from cluster.rqlite import Cluster
+    if where.startswith(("http://", "https://")):
+        sys.modules.setdefault("service", sys.modules[__name__])  # it is __main__ now, and would be loaded once more
+        from cluster.rqlite import Cluster
 
-    return Cluster(where)
+        return Cluster(where)
+    if re.search(r"://|^https?:|^[^/]*:\d+(,|$)", where, re.IGNORECASE):  # the value can hold a password
+        raise SetupError("--database (INLET_DATABASE) begins with http:// or https:// if it is for a cluster")
+    return Database(Path(where))
 
 
 def connect(path: Path, mode: str, busy_timeout_s: float) -> sqlite3.Connection:

@@ -413,7 +413,7 @@ class Cluster:
                     f"table {parent} cannot be changed on a cluster: ON DELETE in {child} would take effect"
                 )
         if recorder.writes:
-            guard = f"CREATE TABLE {GUARD} (found CHECK (false))"
+            guard = f'CREATE TABLE {GUARD} (found CONSTRAINT "what migrate drops is in use again" CHECK (false))'
             writes = [["PRAGMA defer_foreign_keys = ON"], [guard], *recorder.writes, [f"DROP TABLE {GUARD}"]]
             self.execute_all(writes, time.monotonic() + COPY_TIMEOUT_S, COPY_TIMEOUT_S)
 

@@ -571,7 +571,7 @@ def test_user_and_password_are_used_and_never_told(tmp_path):
     log = (tmp_path / "log").read_text()
     for where in (
         "http://inlet:se%3Acret@127.0.0.1:4190", "http://inlet:secret@[x:4001", "http://inlet:secret@a/path", "http://inlet:4001#secret@a",
-        "HTTP://inlet:secret@a:4001", "http://inlet:secret@a..b:4001", "http:inlet:secret@a:4001",
+        "HTTP://inlet:secret@a:4001", "http://inlet:secret@a..b:4001", "http:inlet:secret@a:4001", '"http://inlet:secret@a:4001"',
     ):  # fmt: skip
         line = [sys.executable, str(HERE / "service.py"), "--database", where, "client", "list"]
         done = subprocess.run(line, capture_output=True, text=True, timeout=30)
