@@ -283,7 +283,7 @@ class Cluster:
                 answers = self._send("/db/execute?noparse", statements, db.deadline)
                 refused = []
                 for group, answer in zip(waiting, answers, strict=True):
-                    error = self._error_in(answer)
+                    error = self._refusal_in(answer)
                     if not error:
                         results |= results_of(group, answer, received_at)
                     elif error.sqlite_errorname not in service.REFUSALS and FAULT.match(str(error)):
@@ -305,7 +305,7 @@ class Cluster:
         except sqlite3.Error as error:
             return error
         entry.line = len(answers)  # they end at the one that was refused
-        error = self._error_in(answers[-1])
+        error = self._refusal_in(answers[-1])
         last = answers[-1] | {"rows_affected": len(answers)}
         return error or results_of([entry], last, received_at)[entry]
 
@@ -313,7 +313,7 @@ class Cluster:
         """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known."""
         if writes:
             answers = self._send("/db/execute?noparse&transaction", writes, deadline, timeout_s)
-            if error := self._error_in(answers[-1]):
+            if error := error_in(answers[-1]):
                 raise error
 
     # Reading
@@ -343,7 +343,7 @@ class Cluster:
         timeout_s = READ_TIMEOUT_S + 1 if level == "weak" else WRITE_TIMEOUT_S  # only pages may be slow
         # The node ends a slow query before the deadline that is given here.
         answers = self._send(path, [statement(*query) for query in queries], deadline + 1, timeout_s)
-        return [self._error_in(answer) or rows_in(answer) for answer in answers]
+        return [error_in(answer) or rows_in(answer) for answer in answers]
 
     def page_sql(self, stream: Stream, conditions: str) -> str:
         """Return the SQL of a page. The node ends the page after about PAGE_BYTES.
@@ -422,7 +422,7 @@ class Cluster:
     def _send(
         self, path: str, statements: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S
     ) -> list[dict[str, Any]]:
-        """Return the answers to statements, one for each.
+        """Return the answers to statements, one for each; those of a transaction end at the one that is refused.
 
         A query, and what was certainly not carried out, is sent to the next node, until the deadline. Raises
         sqlite3.OperationalError for what has no known outcome.
@@ -434,7 +434,8 @@ class Cluster:
             asked = self._current
             try:
                 answers = self._ask(self._nodes[asked], path, body, min(deadline - time.monotonic(), timeout_s))
-                if "transaction" not in path and len(answers) != len(statements):
+                refused = "transaction" in path and answers and "error" in answers[-1]
+                if len(answers) != len(statements) and not refused:
                     raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
                 return answers
             except (sqlite3.Error, OSError, http.client.HTTPException) as error:
@@ -469,29 +470,24 @@ class Cluster:
             raise NotTaken(told)
         if answer.status == 401:
             raise NotTaken(f"{node.name}: the user or the password is not right, or lacks a permission")
-        if 300 <= answer.status < 500:
+        if answer.status in (301, 307, 308, 400, 403, 404, 405):
             raise NotTaken(told)
         raise sqlite3.OperationalError(told)
 
-    def _error_in(self, answer: dict[str, Any]) -> sqlite3.Error | None:
-        """Return what SQLite would have raised, with the name of its code, or None."""
-        if "error" not in answer:
-            return None
-        text = str(answer["error"])
-        error = sqlite3.OperationalError(text)
-        error.sqlite_errorname = next((name for pattern, name in ERRORS if re.match(pattern, text)), "")
-        if not error.sqlite_errorname and self._is_raised(text):
-            error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
-        return error
+    def _refusal_in(self, answer: dict[str, Any]) -> sqlite3.Error | None:
+        """Return the error in the answer to an INSERT, or None.
 
-    def _is_raised(self, text: str) -> bool:
-        """Is this the text of a RAISE in a trigger? The triggers are asked for, because migrate can change them."""
-        result, literal = False, "'" + text.replace("'", "''") + "'"
-        sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger' AND instr(s.sql, :literal)"
-        with contextlib.suppress(sqlite3.Error):
-            found = self.query(sql, {"literal": literal}, "weak", time.monotonic() + CONNECT_TIMEOUT_S)
-            result = any(f"raise ( abort , {literal} )" in service.plain(trigger) for (trigger,) in found)
-        return result
+        Can a trigger have raised its text? The triggers are asked for each time, because migrate can change them.
+        """
+        error = error_in(answer)
+        if error and not error.sqlite_errorname:
+            literal = "'" + str(error).replace("'", "''") + "'"
+            sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger' AND instr(s.sql, :literal)"
+            with contextlib.suppress(sqlite3.Error):
+                triggers = self.query(sql, {"literal": literal}, "weak", time.monotonic() + CONNECT_TIMEOUT_S)
+                if any(f"raise ( abort , {literal} )" in service.plain(trigger) for (trigger,) in triggers):
+                    error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
+        return error
 
 
 def require_same_in_every_node(schema: Schema) -> None:
@@ -558,6 +554,16 @@ def statement(sql: str, values: tuple | dict) -> list:
         sql = re.sub(r"\?\d*", r"(\g<0> ->> '$')", sql)
         values = tuple(map(json.dumps, values))
     return [sql, *values]
+
+
+def error_in(answer: dict[str, Any]) -> sqlite3.Error | None:
+    """Return what SQLite would have raised, with the name of its code, or None."""
+    if "error" not in answer:
+        return None
+    text = str(answer["error"])
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorname = next((name for pattern, name in ERRORS if re.match(pattern, text)), "")
+    return error
 
 
 def rows_in(answer: dict[str, Any]) -> Rows:

@@ -581,6 +581,41 @@ def test_user_and_password_are_used_and_never_told(tmp_path):
     assert "cret" not in log
 
 
+def test_nodes_with_tls(tmp_path):
+    """The nodes have a certificate, which SSL_CERT_FILE names; a front end that does not know it does not start."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [*make, "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    tls = ["-http-cert", str(certificate), "-http-key", str(key)]
+    command = [
+        RQLITED,
+        "-fk",
+        *tls,
+        "-http-addr",
+        "localhost:4190",
+        "-raft-addr",
+        "127.0.0.1:4191",
+        str(tmp_path / "node"),
+    ]
+    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with contextlib.closing(
+            Server(tmp_path, "--database", "https://localhost:4190", SSL_CERT_FILE=str(certificate))
+        ) as server:
+            assert send(server.connect(), "GET", "/healthz")[0] == 200
+        line = [sys.executable, str(HERE / "service.py"), "--database", "https://localhost:4190", "client", "list"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, "CERTIFICATE_VERIFY_FAILED" in done.stderr) == (1, True)
+    finally:
+        node.kill()
+        node.wait()
+
+
 def test_a_cluster_without_its_scheme_is_not_taken_for_a_file(tmp_path):
     for where in ("127.0.0.1:4101,127.0.0.1:4102", "a:4001", "https:a"):
         with pytest.raises(service.SetupError, match="http://"):
@@ -763,6 +798,21 @@ def test_a_node_that_does_not_answer_holds_a_write_up_for_seconds_only(misbehavi
         with pytest.raises(sqlite3.OperationalError):
             cluster.execute_all([["INSERT"]], started + 10)
         assert 3 < time.monotonic() - started < 6
+
+
+def test_a_node_that_fails_at_every_query_is_an_error(misbehaving, tmp_path):
+    first, second, cluster = misbehaving
+    first.answer = second.answer = 200, '{"results": [{"error": "disk I/O error"}]}'
+    with pytest.raises(sqlite3.OperationalError, match="disk"):
+        cluster.query("SELECT 1", (), "weak", time.monotonic() + 1)
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    entry = service.Entry(service.read_schema(tmp_path / "schema.sql").streams["messages"], "c", None, ["1"])
+    with cluster.transaction(time.monotonic() + 1) as db:
+        (error,) = cluster.insert(db, [entry], "t")
+    assert str(error) == "disk I/O error"
+    first.answer = second.answer = 200, '{"results": []}'
+    with pytest.raises(sqlite3.OperationalError):
+        cluster.execute_all([["INSERT"]], time.monotonic() + 1)
 
 
 def test_a_node_that_drips_its_answer_holds_nothing_up(misbehaving):
