@@ -30,7 +30,8 @@ GUARANTEES
  5. Ids grow in commit order and are never used again: who follows the feed's `next` misses no message.
 
 LIMITS
- Linux or macOS; one SQLite file on a local disk (a network file system breaks guarantee 1), or an rqlite cluster.
+ Linux or macOS; one SQLite file on a local disk (a network file system breaks guarantee 1), or an rqlite cluster:
+ cluster/README.md.
  A body has at most --max-body bytes, as it is sent and as it is unpacked. A message is nested at most 512 deep.
  A batch has at most 10,000 messages. On the open Internet, put a web server in front: it is better with slow clients.
 
@@ -392,14 +393,8 @@ class Stream:
     def selected(self) -> list[str]:
         """The SQL of what a page selects from it, as t. A view can have anything in its columns."""
         if self.takes:
-            return [
-                "t.id",
-                "t.received_at",
-                "t.client",
-                "t.key",
-                "CAST(t.body AS BLOB)",
-                *["t.headers"] * self.has_headers,
-            ]
+            columns = [f"t.{name}" for name in ("id", "received_at", "client", "key")]
+            return [*columns, "CAST(t.body AS BLOB)", *["t.headers"] * self.has_headers]
         if not self.has_ids:
             return [f"t.{quoted(name)}" for name in self.fields]
         texts = [f"CAST(ifnull(t.{name}, '') AS TEXT)" for name in ("received_at", "client")]
@@ -1514,7 +1509,7 @@ class Clients:
         if digest not in self._by_digest and time.monotonic() > self._missed_at + CLIENTS_RETRY_S:
             began = time.monotonic()
             self.read()  # it may be new
-            self._missed_at = time.monotonic() + 9 * (time.monotonic() - began)  # so that strangers cost a tenth of it
+            self._missed_at = time.monotonic() + 9 * (time.monotonic() - began)  # at most a tenth of the time
         client = self._by_digest.get(digest)
         if client is None:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
@@ -2740,7 +2735,7 @@ def migrate(database: Database, schema: Schema) -> list[str]:
 
 
 class Migration:
-    """One run of migrate, inside of its transaction."""
+    """One run of migrate, inside of its transaction. What a SELECT 1 does not find is looked for again on a cluster."""
 
     def __init__(self, db: sqlite3.Connection, schema: Schema):
         self._db = db

@@ -95,7 +95,7 @@ def main():
     rows = []
     for figure in (*CONNECTIONS, "batches"):
         of_file = median(samples["a file", figure])["median"]
-        row = [f"{figure} connections" if figure != "batches" else "batches of 1,000, 4 connections"]
+        row = ["batches of 1,000, 4 connections" if figure == "batches" else f"{figure} connection{'s' * (figure > 1)}"]
         for name in names:
             found = samples.get((name, figure))
             shown = f"{spread(median(found))}, {median(found)['median'] / of_file:.2f}" if found else "–"

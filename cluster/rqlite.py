@@ -36,14 +36,15 @@ LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
 READS = re.compile(r"SELECT|EXPLAIN|PRAGMA (?!\w+ =)")
 BLOB = re.compile(r"\s*x'[0-9a-f]*'\s*", re.IGNORECASE)  # a text that rqlite takes for a BLOB
+HOST = re.compile(r"[\w:-]+(\.[\w:-]+)*\.?")
 ROW_AS_JSON = "row as JSON"  # the name of a column that has a whole row, as JSON in hexadecimal
 MADE_BY_ANOTHER = "table clients already exists"
 
-# SQL whose result differs between nodes: a pattern for spelled(), and the reason.
+# SQL whose result differs between nodes: a pattern for what without_strings() returns, and the reason.
 TIME = "date|time|datetime|julianday|unixepoch"
 RECEIVED_AT = r"(?:\w+ \. )?received_at(?: , '')* \)"  # and modifiers
 OWN_CLOCK = "each node has a clock of its own"
-UNSAFE_RULES = (
+NODE_RULES = (
     (r"\b(?:random|randomblob) \(", "each node has random numbers of its own"),
     (r"\bcurrent_(?:date|time|timestamp)\b|\btimediff \(", OWN_CLOCK),
     (rf"\b(?:{TIME}|strftime) \((?: \)| '' \)|[^)]*'(?:now|localtime|utc)')", OWN_CLOCK),
@@ -51,7 +52,7 @@ UNSAFE_RULES = (
     (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes"),
 )
 FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
-UNSAFE_IN_TRIGGERS = (
+TRIGGER_RULE = (
     rf"\b(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
     f"{OWN_CLOCK}, and a message could say 'now': a time here is received_at, with modifiers in quotes",
 )
@@ -84,16 +85,10 @@ class NotTaken(sqlite3.OperationalError):
 
 
 class Node:
-    """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or a path."""
+    """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or more than that."""
 
     def __init__(self, url: SplitResult):
-        if (
-            not url.hostname
-            or not re.fullmatch(r"[\w:-]+(\.[\w:-]+)*\.?", url.hostname)
-            or url.path.strip("/")
-            or url.query
-            or url.fragment
-        ):
+        if not HOST.fullmatch(url.hostname or "") or url.path.strip("/") or url.query or url.fragment:
             raise ValueError(url)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         self.name = f"{url.hostname}:{url.port or 4001}"
@@ -492,22 +487,24 @@ class Cluster:
 
 def require_same_in_every_node(schema: Schema) -> None:
     """Raise SetupError if the nodes would compute a rule of schema.sql differently."""
-    in_triggers = [made for made in schema.objects.values() if made.kind == "trigger"]
-    for made in in_triggers:  # it grows: by the views that they read, and the views that those read
-        words = spelled(made.sql).split(" ")
-        for view in schema.objects.values():
+    texts = {made: without_strings(made.sql) for made in schema.objects.values()}
+    in_triggers = [made for made in texts if made.kind == "trigger"]
+    for each in in_triggers:  # it grows: by the views that they read, and the views that those read
+        words = texts[each].split(" ")
+        for view in texts:
             if view.kind == "view" and service.fold(view.name) in words and view not in in_triggers:
                 in_triggers.append(view)
-    checked = [(str(made), made.sql) for made in schema.objects.values() if made.kind != "view" or made in in_triggers]
-    checked += [("a statement", sql) for sql in schema.statements if re.match(FILLS_A_TABLE, spelled(sql))]
-    for name, sql in checked:
-        for pattern, reason in UNSAFE_RULES:
-            if re.search(pattern, spelled(sql)):
+    checked = [(str(made), text) for made, text in texts.items() if made.kind != "view" or made in in_triggers]
+    statements = [("a statement", without_strings(sql)) for sql in schema.statements]
+    checked += [(name, text) for name, text in statements if re.match(FILLS_A_TABLE, text)]
+    for name, text in checked:
+        for pattern, reason in NODE_RULES:
+            if re.search(pattern, text):
                 raise SetupError(f"{name}: on a cluster, {reason}")
-    pattern, reason = UNSAFE_IN_TRIGGERS
-    for made in in_triggers:
-        if re.search(pattern, spelled(made.sql)):
-            raise SetupError(f"{made}: on a cluster, {reason}")
+    pattern, reason = TRIGGER_RULE
+    for each in in_triggers:
+        if re.search(pattern, texts[each]):
+            raise SetupError(f"{each}: on a cluster, {reason}")
     for stream in (stream for stream in schema.streams.values() if stream.takes):
         if stream.name in inserted_by_triggers(schema, stream):
             raise SetupError(f"table {stream.name}: on a cluster, no trigger may insert into the table of its message")
@@ -530,7 +527,7 @@ def inserted_by_triggers(schema: Schema, stream: Stream) -> set[str]:
     return inserted
 
 
-def spelled(sql: str) -> str:
+def without_strings(sql: str) -> str:
     """Return SQL with a space between its tokens, no quotes around names, and nothing in strings that name no clock."""
     words = []
     for token in service.normal(sql):

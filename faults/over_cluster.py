@@ -6,15 +6,14 @@ read and write by hand goes there as well.
 
 import contextlib
 import os
-import re
 import sqlite3
-import sys
 import time
 
 import pytest
 
 import service
 import test_service
+from cluster.rqlite import READS, Cluster, Rows
 
 CLUSTER = os.environ["INLET_CLUSTER"]
 
@@ -27,7 +26,7 @@ class Db:
 
     def execute(self, sql, values=()):
         deadline = time.monotonic() + test_service.DEADLINE_S
-        if not re.match(r"\s*(SELECT|EXPLAIN|PRAGMA (?!\w+ =))", sql):
+        if not READS.match(sql.lstrip()):
             self._cluster.execute_all([[sql, *values]], deadline)
             return Rows()
         rows = self._cluster.query(sql, values, "strong", deadline)
@@ -57,9 +56,8 @@ def empty(db):
     db._cluster.execute_all(writes, time.monotonic() + 10)
 
 
-the_cluster = service.database_at(CLUSTER)
-Rows = sys.modules[type(the_cluster).__module__].Rows
-type(the_cluster).path = None
+the_cluster = Cluster(CLUSTER)
+Cluster.path = None  # for tests that hand it to add_tester()
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +84,7 @@ def a_cluster_in_place_of_a_file(monkeypatch):
         return command
 
     monkeypatch.setattr(test_service, "command_line", command_line)
-    monkeypatch.setattr(service, "Database", lambda _: service.database_at(CLUSTER))
+    monkeypatch.setattr(service, "Database", lambda _: Cluster(CLUSTER))
     monkeypatch.setattr(test_service.Process, "start", start_on_cluster)
     monkeypatch.setattr(test_service, "database_of", database_of)
     monkeypatch.setattr(test_service, "add_tester", add_tester)
