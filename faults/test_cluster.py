@@ -731,9 +731,12 @@ def test_migrate_leaves_what_came_meanwhile(nodes):
 
 
 class Misbehaving(http.server.BaseHTTPRequestHandler):
-    """A node that reads a request, and then does what its server says."""
+    """A node that reads a request, and then does what its server says. Without an answer, it closes the connection."""
+
+    protocol_version = "HTTP/1.1"
 
     def do_POST(self):
+        self.close_connection = self.server.answer is None or self.server.hangs_up
         self.server.asked.append(self.path)
         self.rfile.read(int(self.headers["Content-Length"]))
         if self.server.answer == "drip":
@@ -760,7 +763,7 @@ def misbehaving():
     """Two nodes that answer as they are told, and the engine that asks them."""
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) for _ in range(2)]
     for server in servers:
-        server.asked = []
+        server.asked, server.hangs_up = [], False
         threading.Thread(target=server.serve_forever, daemon=True).start()
     cluster = service.database_at("http://" + ",".join(f"127.0.0.1:{server.server_port}" for server in servers))
     yield (*servers, cluster)
@@ -861,6 +864,24 @@ def test_all_keys_of_a_group_are_looked_up_by_one_request(misbehaving):
         db.deadline = 0.0
         assert all(isinstance(each, sqlite3.Error) for each in cluster.fetch(db, [("SELECT 1", {})] * 2))
     assert len(first.asked) == 2
+
+
+def test_a_connection_that_the_node_has_closed_is_not_used(misbehaving):
+    first, second, cluster = misbehaving
+    first.answer, first.hangs_up = GOOD, True
+    for _ in range(3):
+        assert cluster._send("/db/execute", [["INSERT"]], time.monotonic() + 5)
+        time.sleep(0.2)
+    assert (len(first.asked), len(second.asked)) == (3, 0)
+
+
+def test_a_request_has_about_8_mib_of_messages_whatever_their_letters():
+    def sizes(text, count):
+        entries = [service.Entry(bodies=[text]) for _ in range(count)]
+        return [len(portion) for portion in rqlite.portions(entries)]
+
+    assert sizes("x" * 2**20, 20) == [8, 8, 4]
+    assert sizes("😀" * 2**18, 20) == [8, 8, 4]
 
 
 def test_a_child_uses_no_connection_of_its_parent(misbehaving):
