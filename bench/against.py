@@ -5,16 +5,13 @@ then and now one right after the other; who goes first changes with every figure
 figures of the same round, and what is shown is the median of the rounds.
 """
 
-import contextlib
 import functools
 import io
 import os
 import shutil
-import sqlite3
 import subprocess
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,10 +125,10 @@ def load(connections, seconds, peer):
     """A run of wrk after a shorter one: answers with 2xx a second, CPU, and 2xx without a row in the database."""
     with peer.running() as process:
         wrk(peer, connections, seconds / 3)
-        rows_before, cpu_before = count_rows(process.database), servers.cpu_s(process)
+        rows_before, cpu_before = peer.rows_at_rest(process.database), servers.cpu_s(process)
         figures = wrk(peer, connections, seconds)
         figures["cpu_us"] = (servers.cpu_s(process) - cpu_before) / max(1, figures["requests"]) * 1e6
-        rows = count_rows(process.database) - rows_before
+        rows = peer.rows_at_rest(process.database) - rows_before
     taken = figures["requests"] - figures["status_errors"]
     figures["rate"] = taken / figures["duration_us"] * 1e6
     figures["without_row"] = max(0, taken - rows) if peer.stores else 0
@@ -142,16 +139,6 @@ def traced(peer):
     with peer.running() as process:
         servers.send_one_by_one(peer, 20)
         return servers.system_calls(process, peer, TRACED_MESSAGES)
-
-
-def count_rows(database):
-    """The number of messages, as soon as no more of them come in."""
-    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as db:
-        before, rows = None, 0
-        while rows != before:
-            time.sleep(0.1)
-            before, (rows,) = rows, db.execute("SELECT count(*) FROM messages").fetchone()
-        return rows
 
 
 # Showing

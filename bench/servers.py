@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sqlite3
 import statistics
 import subprocess
@@ -28,46 +29,67 @@ MESSAGE = SHORT.replace('""}', '"' + "n" * (450 - len(SHORT)) + '"}')
 assert len(MESSAGE) == 450
 TABLE = (
     "CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT, received_at TEXT NOT NULL, client TEXT NOT NULL,"
-    " key TEXT, body TEXT NOT NULL CHECK (json_valid(body)));"
-    " CREATE UNIQUE INDEX messages_key ON messages (client, key) WHERE key IS NOT NULL"
+    " key TEXT, body TEXT NOT NULL CHECK (json_valid(body)))",
+    "CREATE UNIQUE INDEX messages_key ON messages (client, key) WHERE key IS NOT NULL",
 )
 
 
 class Peer:
     """Something that takes messages over HTTP, and how to start it.
 
-    root is the folder of the service.py that it imports. inlet says that it needs a token of that service; stores,
-    that each 201 is a row of the table messages.
+    root is the folder of the service.py that it imports. inlet says that it needs a token of that service;
+    makes_token, that it writes what belongs into Authorization to the file BENCH_TOKEN. stores says that each 2xx is a
+    row of the table messages, in the file that rows_in names; durable, that it is synced before the answer.
     """
 
     def __init__(
-        self, name, *command, path="/messages", body=MESSAGE, headers=None, root=ROOT, inlet=False, stores=True
+        self,
+        name,
+        *command,
+        path="/messages",
+        body=MESSAGE,
+        headers=None,
+        root=ROOT,
+        packages="",
+        inlet=False,
+        makes_token=False,
+        rows_in="DATABASE",
+        stores=True,
+        durable=True,
     ):
         self.name = name
-        self.command = [word.replace("BIN", str(BIN)) for word in command]
+        self.command = [str(word).replace("BIN", str(BIN)) for word in command]
         self.path = path
         self.body = body
         self.headers = {"Content-Type": "application/json"} | (headers or {})
         self.root = root
+        self.packages = packages
         self.inlet = inlet
+        self.makes_token = makes_token
+        self.rows_in = rows_in
         self.stores = stores
+        self.durable = durable and stores
 
     @contextlib.contextmanager
     def running(self, folder=None, environ=None, wrapper=()):
-        """Starts it with an empty database, or with the one in folder; yields the process when it answers 201."""
+        """Starts it with an empty database, or with the one in folder; yields the process when it has taken a message."""
         with tempfile.TemporaryDirectory() as temporary:
             database = Path(folder or temporary) / "data.db"
             self.prepare(database)
+            self.token = database.with_suffix(".token") if self.makes_token else None
+            path = (environ or {}).get("COUNT_PATH", ""), self.packages, self.root, BENCH / "peers"
             environ = os.environ | {
                 "BENCH_DATABASE": str(database),
                 "BENCH_PORT": str(PORT),
+                "BENCH_TOKEN": str(self.token),
                 "INLET_DATABASE": str(database),
-                "PYTHONPATH": f"{(environ or {}).get('COUNT_PATH', '')}:{self.root}:{BENCH / 'peers'}",
+                "PYTHONPATH": ":".join(map(str, path)),
                 "PYTHONDONTWRITEBYTECODE": "1",
             } | (environ or {})  # fmt: skip
             command = [word.replace("DATABASE", str(database)) for word in self.command]
-            if self.accepts_a_message():
-                raise SystemExit(f"something else answers on port {PORT}: it would be measured instead")
+            with socket.socket() as sock:
+                if sock.connect_ex(("127.0.0.1", PORT)) == 0:
+                    raise SystemExit(f"something else answers on port {PORT}: it would be measured instead")
             started = time.perf_counter()
             with open(Path(temporary) / "log", "w+") as log:
                 process = subprocess.Popen(
@@ -84,7 +106,7 @@ class Peer:
                             log.seek(0)
                             raise SystemExit(f"{self.name} does not take a message:\n{log.read()[-3000:]}")
                         time.sleep(0.005)
-                    process.first_201_s = time.perf_counter() - started
+                    process.first_2xx_s = time.perf_counter() - started
                     process.database = database
                     yield process
                 finally:
@@ -102,7 +124,7 @@ class Peer:
         if not database.exists() and not self.inlet:
             with contextlib.closing(sqlite3.connect(database)) as db:
                 db.execute("PRAGMA journal_mode = WAL")
-                db.executescript(TABLE)
+                db.executescript(";".join(TABLE))
         elif not database.exists():
             command = [PYTHON, f"{self.root}/service.py", "--listen", BIND, "--database", str(database)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first_start:
@@ -113,16 +135,88 @@ class Peer:
             self.headers["Authorization"] = f"Bearer {token.read_text().strip()}"
 
     def accepts_a_message(self):
+        if self.makes_token:
+            if not self.token.exists():
+                return False
+            self.headers["Authorization"] = self.token.read_text()
+        return 200 <= self.request("POST", self.path, self.body)[0] < 300
+
+    def request(self, method, path, body=None):
+        """The status and the body of the answer; 0 and nothing if there is none."""
         connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=10)
         with contextlib.closing(connection), contextlib.suppress(OSError):
-            connection.request("POST", self.path, self.body, self.headers)
-            return connection.getresponse().status == 201
-        return False
+            connection.request(method, path, body, self.headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        return 0, b""
+
+    def rows(self, database):
+        """The number of messages in the database."""
+        file = Path(self.rows_in.replace("DATABASE", str(database)))
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as db:
+            return db.execute("SELECT count(*) FROM messages").fetchone()[0]
+
+    def rows_at_rest(self, database):
+        """The number of messages, as soon as no more of them come in."""
+        before, rows = None, 0
+        while rows != before:
+            time.sleep(0.1)
+            before, rows = rows, self.rows(database)
+        return rows
 
 
-def inlet(root=ROOT):
-    command = (PYTHON, f"{root}/service.py", "--listen", BIND, "--database", "DATABASE")
-    return Peer("Inlet", *command, root=root, inlet=True)
+class Rqlite(Peer):
+    """rqlite's own API for SQL: its table is made over HTTP, and its rows are counted there."""
+
+    def __init__(self, name, rqlited):
+        command = (
+            rqlited,
+            "-node-id",
+            "1",
+            "-http-addr",
+            BIND,
+            "-raft-addr",
+            f"127.0.0.1:{PORT + 1}",
+            "DATABASE.rqlite",
+        )
+        insert = "INSERT INTO messages (received_at, client, body) VALUES (datetime('now'), 'default', ?)"
+        super().__init__(name, *command, path="/db/execute", body=json.dumps([[insert, MESSAGE]]))
+
+    def accepts_a_message(self):
+        if self.request("GET", "/readyz")[0] != 200:  # it answers 200 to statements before it can do them
+            return False
+        self.request("POST", "/db/execute", json.dumps(TABLE))
+        return super().accepts_a_message()
+
+    def rows(self, database):
+        answer = self.request("GET", "/db/query?q=SELECT%20count(*)%20FROM%20messages")[1]
+        return json.loads(answer)["results"][0]["values"][0][0]
+
+
+class WordPress(Peer):
+    """A content management system: its rows are posts in MariaDB, which also counts the statements."""
+
+    def __init__(self, name):
+        post = json.dumps({"title": "bench", "content": MESSAGE, "status": "publish"})
+        super().__init__(
+            name, PYTHON, "wordpress.py", path="/index.php?rest_route=/wp/v2/posts", body=post, makes_token=True
+        )
+
+    def ask(self, database, statement):
+        command = ["mariadb", "--no-defaults", f"--socket={database}.wordpress/mariadb.socket", "-N", "-e", statement]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+
+    def rows(self, database):
+        return int(self.ask(database, "SELECT count(*) FROM wordpress.wp_posts WHERE post_type = 'post'"))
+
+    def statements(self, database):
+        """The number of SQL statements so far, of all connections."""
+        return int(self.ask(database, "SHOW GLOBAL STATUS LIKE 'Questions'"))
+
+
+def inlet(root=ROOT, python=PYTHON, packages="", name="Inlet"):
+    command = (python, f"{root}/service.py", "--listen", BIND, "--database", "DATABASE")
+    return Peer(name, *command, root=root, packages=packages, inlet=True)
 
 
 def on_granian(root=ROOT):
@@ -138,38 +232,14 @@ def on_gunicorn(workers=1, root=ROOT):
     return Peer("Inlet on gunicorn", "BIN/gunicorn", *options, "service:application", root=root, inlet=True)
 
 
-def constant(server, app, root=ROOT):
+def constant(server, app, name=None, root=ROOT):
     """A server (of Inlet, or waitress) that answers a constant; app is wsgi, or falcon for a route in front of it."""
-    return Peer("The same server, a constant", PYTHON, "constant_app.py", server, app, root=root, stores=False)
+    command = (PYTHON, "constant_app.py", server, app)
+    return Peer(name or f"{server}, a constant", *command, root=root, stores=False)
 
 
-def untuned_falcon():
-    return Peer("Falcon + waitress, untuned", PYTHON, "falcon_app.py")
-
-
-def datasette():
-    secret = "bench-secret"
-    create_token = [BIN / "datasette", "create-token", "root", "--secret", secret]
-    token = subprocess.run(create_token, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    row = {"row": {"received_at": "2026-11-22T10:00:00Z", "client": "default", "body": MESSAGE}}
-    command = ("BIN/datasette", "DATABASE", "--port", str(PORT), "--root", "--secret", secret)
-    headers = {"Authorization": f"Bearer {token}"}
-    return Peer("Datasette", *command, path="/data/messages/-/insert", body=json.dumps(row), headers=headers)
-
-
-def peers():
-    return [
-        inlet(),
-        Peer("Flask + waitress", "BIN/waitress-serve", f"--listen={BIND}", "flask_app:app"),
-        Peer("Django + gunicorn", "BIN/gunicorn", "-b", BIND, "-w", "2", "--threads", "4", "django_app:application"),
-        Peer("FastAPI + uvicorn", "BIN/uvicorn", "--port", str(PORT), "--no-access-log", "fastapi_app:app"),
-        untuned_falcon(),
-        Peer("Fastify + better-sqlite3", "node", "fastify_app.js"),
-        datasette(),
-        on_granian(),
-        on_gunicorn(),
-        constant("inlet", "falcon"),
-    ]
+def untuned_falcon(name="Falcon, untuned"):
+    return Peer(name, PYTHON, "falcon_app.py")
 
 
 # Driving
@@ -237,8 +307,8 @@ def median(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
-def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+def say(*words, end="\n"):
+    print(*words, file=sys.stderr, flush=True, end=end)
 
 
 def send_one_by_one(peer, count):
@@ -247,7 +317,7 @@ def send_one_by_one(peer, count):
         connection.request("POST", peer.path, peer.body, peer.headers)
         answer = connection.getresponse()
         answer.read()
-        assert answer.status == 201
+        assert 200 <= answer.status < 300, answer.status
     connection.close()
 
 

@@ -1,0 +1,184 @@
+"""The honest table: messages a second by connections, Inlet beside tutorials, products and experts.
+
+Inlet runs first and last in each round; the distance of the two says how much of a difference is noise.
+"""
+
+import groups
+from servers import cpu_s, inlet, median, say, send_one_by_one, spread, system_calls, table, wrk
+
+CONNECTIONS = (1, 16, 64, 256)
+TRACED_MESSAGES = 100
+LAST = "Inlet, at the end of the round"
+
+
+def measure(options):
+    """{"groups": {name: group}, "loads": {name: {connections: figures}}, "fsyncs": {name: …}, "noise": …, "failures": …}"""
+    found = groups.chosen(options)
+    loads, fsyncs, failures = {}, {}, []
+    in_turn = [(name, peer) for name, (_, peer) in found.items()]
+    for number in range(options.rounds):
+        for name, peer in [*in_turn, (LAST, inlet())]:
+            with peer.running() as process:
+                say(f"round {number + 1}: {name}", end="")
+                taken_at_least = peer.rows_at_rest(process.database) if peer.stores else 0
+                wrk(peer, 16, options.seconds / 3)
+                for connections in CONNECTIONS:
+                    figures = load(peer, process, connections, options.seconds)
+                    loads.setdefault(name, {}).setdefault(connections, []).append(figures)
+                    taken_at_least += figures["taken"]
+                    say(f", {figures['rate']:,.0f}/s", end="")
+                say("")
+                if peer.stores and (lost := taken_at_least - peer.rows_at_rest(process.database)) > 0:
+                    failures.append(f"{name} has no row for {lost:,} of its 2xx answers.")
+                if number == 0 and name != LAST:
+                    fsyncs[name] = fsyncs_alone(peer, process)
+                    if peer.durable and fsyncs[name] < 1:
+                        failures.append(f"{name} makes only {fsyncs[name]:.2f} fsyncs for a message that comes alone.")
+    last = loads.pop(LAST)
+    noise = {c: median(map(distance, loads[groups.INLET][c], last[c])) for c in CONNECTIONS}
+    for connections in CONNECTIONS:
+        loads[groups.INLET][connections] += last[connections]
+    return {
+        "groups": {name: group for name, (group, _) in found.items()},
+        "loads": {
+            name: {connections: summary(runs) for connections, runs in by_connections.items()}
+            for name, by_connections in loads.items()
+        },
+        "fsyncs": fsyncs,
+        "noise": noise,
+        "failures": failures,
+    }
+
+
+def load(peer, process, connections, seconds):
+    """One run of wrk: answers with 2xx a second, and the CPU time that each took."""
+    before = cpu_s(process)
+    figures = wrk(peer, connections, seconds)
+    figures["cpu_us"] = (cpu_s(process) - before) / max(1, figures["requests"]) * 1e6
+    figures["taken"] = figures["requests"] - figures["status_errors"]
+    figures["rate"] = figures["taken"] / figures["duration_us"] * 1e6
+    return figures
+
+
+def fsyncs_alone(peer, process):
+    send_one_by_one(peer, 20)
+    return system_calls(process, peer, TRACED_MESSAGES)["fsyncs"]
+
+
+def distance(first, last):
+    """How far two runs of the same server are from each other, as a part of their mean."""
+    return abs(first["rate"] - last["rate"]) / (first["rate"] + last["rate"]) * 2
+
+
+def summary(runs):
+    return {
+        "rate": median(run["rate"] for run in runs),
+        "p50_ms": median(run["p50_us"] / 1000 for run in runs),
+        "p99_ms": median(run["p99_us"] / 1000 for run in runs),
+        "cpu_us": median(run["cpu_us"] for run in runs),
+        "errors": sum(run["status_errors"] + run["socket_errors"] for run in runs),
+    }
+
+
+# Showing
+
+
+def rate_of(found, name, connections):
+    return found["loads"][name][connections]["rate"]["median"]
+
+
+def markdown(found):
+    """The table with the ratios, the one with latencies and CPU, and the noise."""
+    names = list(found["loads"])
+    rows, long = [], []
+    group = None
+    for name in names:
+        if found["groups"][name] != group:
+            group = found["groups"][name]
+            if group != groups.INLET:
+                rows.append([f"*{group}*"] + [""] * (len(CONNECTIONS) + 1))
+        fsyncs = f"{found['fsyncs'][name]:.1f}" if group != "constants" else "–"
+        rows.append([name, *(cell(found, name, connections) for connections in CONNECTIONS), fsyncs])
+        for connections in CONNECTIONS:
+            at = found["loads"][name][connections]
+            shown = [
+                f"{at[key]['median']:,.{digits}f}" for key, digits in (("p50_ms", 1), ("p99_ms", 1), ("cpu_us", 0))
+            ]
+            long.append([f"{name}, {connections}", spread(at["rate"]), *shown, f"{at['errors']:,}"])
+    noise = ", ".join(f"{100 * found['noise'][c]['median']:.0f} % at {c}" for c in CONNECTIONS)
+    head = ["messages/s with … connections (and Inlet / this)", *map(str, CONNECTIONS), "fsyncs"]
+    return "\n\n".join(
+        [
+            table(head, rows),
+            f"Inlet at the start and at the end of a round differ by: {noise} (medians).",
+            table(["peer, connections", "messages/s", "p50 ms", "p99 ms", "CPU µs", "errors"], long),
+            *found["failures"],
+        ]
+    )
+
+
+def cell(found, name, connections):
+    rate = rate_of(found, name, connections)
+    ratio = rate_of(found, groups.INLET, connections) / max(1, rate)
+    return f"{rate:,.0f}" + ("" if name == groups.INLET else f" ({ratio:.2g})" if ratio < 10 else f" ({ratio:.0f})")
+
+
+def targets(found):
+    """Yields what is asked, how much of it, and what this run gave: (text, least, measured)."""
+    measured = found["loads"]
+
+    def slowest(connections, wanted):
+        ratios = {
+            name: rate_of(found, groups.INLET, connections) / max(1, rate_of(found, name, connections))
+            for name, group in found["groups"].items()
+            if group == wanted and name != groups.RQLITE  # it checks neither a token nor the JSON
+        }
+        return min(ratios.items(), key=lambda item: item[1], default=None)
+
+    for connections in (16, 64, 256):
+        for group in ("tutorials", "products"):
+            if nearest := slowest(connections, group):
+                yield f"{connections} connections: Inlet / the best of the {group} ({nearest[0]})", 1.5, nearest[1]
+    for text, name, connections, least in (
+        ("1 connection: Inlet / Fastify", groups.FASTIFY, 1, 0.8),
+        ("1 connection: Inlet / Falcon untuned", groups.FALCON, 1, 1.0),
+        ("64 connections: Inlet / Falcon untuned", groups.FALCON, 64, 1.0),
+        ("64 connections: Inlet / its own server with a constant", groups.CONSTANT, 64, 0.6),
+    ):
+        if name in measured:
+            yield text, least, rate_of(found, groups.INLET, connections) / rate_of(found, name, connections)
+
+
+def draw(found, path):
+    """Inlet, the best of each group at 64 connections, and waitress with a constant; rates above, p99 below."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "inlet"  # the same figures make the same file
+    import matplotlib.pyplot as plt
+
+    best = {}
+    for name, group in found["groups"].items():
+        if group in ("tutorials", "products", "experts"):
+            best[group] = max(name, best.get(group, name), key=lambda name: rate_of(found, name, 64))
+    shown = {groups.INLET: groups.INLET} | {name: f"{name} (best of the {group})" for group, name in best.items()}
+    if groups.WAITRESS in found["loads"]:
+        shown[groups.WAITRESS] = groups.WAITRESS
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 9), sharex=True)
+    for name, label in shown.items():
+        by_connections = found["loads"][name]
+        style = {"linewidth": 3} if name == groups.INLET else {"linewidth": 1.2}
+        if name == groups.WAITRESS:
+            style["linestyle"] = ":"
+        rates = [by_connections[c]["rate"]["median"] for c in CONNECTIONS]
+        above.plot(CONNECTIONS, rates, marker="o", label=label, **style)
+        below.plot(CONNECTIONS, [by_connections[c]["p99_ms"]["median"] for c in CONNECTIONS], marker="o", **style)
+    above.set(ylabel="messages per second")
+    below.set(ylabel="p99 latency, milliseconds", xlabel="connections")
+    for axes in (above, below):
+        axes.set(xscale="log", yscale="log", xticks=CONNECTIONS)
+        axes.set_xticklabels(CONNECTIONS)
+        axes.grid(alpha=0.3)
+    above.legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
