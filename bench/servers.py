@@ -85,7 +85,7 @@ class Peer:
                 "INLET_DATABASE": str(database),
                 "PYTHONPATH": ":".join(map(str, path)),
                 "PYTHONDONTWRITEBYTECODE": "1",
-            } | (environ or {})  # fmt: skip
+            } | {name: value.replace("DATABASE", str(database)) for name, value in (environ or {}).items()}  # fmt: skip
             command = [word.replace("DATABASE", str(database)) for word in self.command]
             with socket.socket() as sock:
                 if sock.connect_ex(("127.0.0.1", PORT)) == 0:
