@@ -1025,7 +1025,7 @@ class Database:
         self._writer: sqlite3.Connection | None = None
         self._files: tuple = ()  # (device, inode) of the database, its WAL and its -shm when the writer opened them
         self._wal_is_large = False
-        self._looked_at: tuple = ()  # (inode and mtime of the folder, second) when the files were the writer's
+        self._last_look: tuple = ()  # (device, inode, mtime of the folder, second) when the files were looked at
         self._readers: list[tuple[sqlite3.Connection, Any]] = []  # that nobody uses, each with its file
         self._gate = threading.Condition()  # for what follows
         self._using = 0  # threads that use a connection
@@ -1068,7 +1068,8 @@ class Database:
     def _in_use(self, deadline: float) -> Iterator[None]:
         """Keep the connections open for a block; TimeoutError if they are closed until the deadline."""
         with self._gate:
-            self._wait_until_open(deadline)
+            if self.closing:
+                self._wait_until_open(deadline)
             self._using += 1
         try:
             yield
@@ -1080,9 +1081,7 @@ class Database:
 
     def _wait_until_open(self, deadline: float) -> None:
         with self._gate:
-            if self.closing and not self._gate.wait_for(
-                lambda: not self.closing, max(0.0, deadline - time.monotonic())
-            ):
+            if not self._gate.wait_for(lambda: not self.closing, max(0.0, deadline - time.monotonic())):
                 raise TimeoutError("the connections are being closed, which waits for a long read")
 
     def _close_all(self, using: int = 0) -> None:
@@ -1182,7 +1181,8 @@ class Database:
         # (docs.kernel.org/filesystems/multigrain-ts.html). So the files are looked at when their folder has changed,
         # and once a second.
         folder, now = os.stat(self._folder), time.time()
-        if self._writer and self._looked_at == (folder.st_ino, folder.st_mtime, int(now)) and folder.st_mtime < now - 1:
+        look = folder.st_dev, folder.st_ino, folder.st_mtime_ns, int(now)
+        if self._writer and self._last_look == look and folder.st_mtime < now - 1:
             return self._writer
         files, sizes = zip(*map(identity_and_size, self._paths), strict=True)
         if self._writer and self._files != files:
@@ -1196,7 +1196,7 @@ class Database:
             self._wal_is_large = not self._wal_is_large
             change = "has grown: a reader stays open" if self._wal_is_large else "is small again"
             log.warning("the WAL %s (%d MiB)", change, sizes[1] // 2**20)
-        self._looked_at = folder.st_ino, folder.st_mtime, int(now)
+        self._last_look = look
         return self._writer or self._open_writer()
 
     def _open_writer(self) -> sqlite3.Connection:
@@ -2285,6 +2285,8 @@ class Server:
         accepts = len(self.connections) < self._listeners[0].adj.connection_limit and not self.stopping
         if accepts != self._accepts:
             self._accepts = accepts
+            if not accepts and not self.stopping:
+                log.warning("%d connections are open: others wait until one is closed", len(self.connections))
             for listener in self._listeners:
                 if accepts:
                     self.selector.register(listener.socket, EVENT_READ, partial(accept_all, listener))
@@ -2435,9 +2437,12 @@ class Connection:
             self._watched = events
 
     def ready(self, events: int) -> None:
-        """Do what can be done. While a request is run, the selector tells of more input once: that costs less."""
+        """Do what the socket is ready for.
+
+        While a request is run, it is still watched for input: to change that twice for each request would cost more.
+        """
         try:
-            if self.output:
+            if events & EVENT_WRITE:
                 self.handle_write()
             elif self._reads():
                 self.handle_read()

@@ -238,3 +238,26 @@ def test_a_filter_without_an_index_ends_after_ten_seconds_or_with_its_client(tmp
         assert (status, headers["Retry-After"]) == (503, "2")
         assert 9 < seconds < 13
         assert "slow" in detail
+
+
+def test_who_finds_no_room_waits_until_somebody_leaves(tmp_path):
+    """With 256 descriptors there is room for 96 connections or so. The others wait in the backlog, and cost nothing."""
+    with serving(tmp_path, "--threads", "32", wrapper=("prlimit", "--nofile=256:256")) as server:
+        with connections(server, 120) as clients:
+            server.wait_until_idle()
+            before = server.processor_time()
+            time.sleep(1)
+            assert server.processor_time() - before < 25
+            first, last = clients[0], clients[-1]
+            for sock in (first, last):
+                sock.sendall(POST + AUTHORIZED + b"Content-Length: 1\r\n\r\n1")
+            assert answer_on(first)[0] == 201
+            last.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                last.recv(1)
+            for sock in clients[:40]:
+                sock.close()
+            last.settimeout(DEADLINE_S)
+            assert answer_on(last)[0] == 201
+        assert "connections are open" in (tmp_path / "log").read_text()
+        assert ask(server, "POST", "/messages", "1")[0] == 201

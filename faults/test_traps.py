@@ -508,6 +508,42 @@ def test_a_shm_that_was_removed_is_noticed_before_anything_is_written(second, tm
     assert bodies == list(range(5 if second == "client" else 13))
 
 
+def test_the_wal_is_looked_at_once_a_second_and_not_for_each_message(tmp_path):
+    """After a look, Linux notes the exact time of the next write, and the COMMIT takes a third longer. The folder has
+    to be at rest for a second: whatever changes in it can be the WAL.
+    """
+    database(tmp_path)
+    server, told = Server(tmp_path), tmp_path.parent / "told"
+    try:
+        connection = server.connect()
+        assert send(connection, "POST", "/messages", "1")[0] == 201
+        time.sleep(2)
+        started = time.monotonic()
+        command = [
+            "strace",
+            "-f",
+            "-qq",
+            "-e",
+            "trace=stat,newfstatat,statx,fdatasync",
+            "-o",
+            told,
+            "-p",
+            str(server.pid),
+        ]
+        with subprocess.Popen(command) as tracer:
+            while time.monotonic() < started + 3:
+                assert send(connection, "POST", "/messages", "1")[0] == 201
+            tracer.terminate()
+        calls = told.read_text().splitlines()
+        assert sum("fdatasync" in call for call in calls) > 100
+        assert 1 <= sum("-wal" in call for call in calls) <= 5
+        (tmp_path / "inlet.db-wal").rename(tmp_path / "elsewhere")  # and a WAL that goes is noticed at once
+        assert send(connection, "POST", "/messages", "1")[0] == 201
+        assert "was removed or replaced" in (tmp_path / "log").read_text()
+    finally:
+        server.kill()
+
+
 def test_a_sync_that_hangs_is_503_in_time_for_all_who_wait(tmp_path):
     """Also for the message that is in the COMMIT, and for those behind it."""
     database(tmp_path)
