@@ -16,8 +16,11 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-import run  # noqa: F401  it makes the virtual environment, and goes on in it
-from servers import MESSAGE, PORT, PYTHON, ROOT, inlet, median, say, spread, table, wrk
+import install
+
+install.continue_in_venv("wrk")
+
+from servers import MESSAGE, PORT, PYTHON, ROOT, inlet, median, say, spread, table, wrk  # noqa: E402
 
 CONNECTIONS = (1, 16, 64, 256)
 NODES = "http://127.0.0.1:4101,127.0.0.1:4102,127.0.0.1:4103"
