@@ -113,6 +113,10 @@ class Choice(NamedTuple):
     make: Callable[[str], Peer]  # compiles it if need be
     tool: str | None = None  # without it the peer is left out
 
+    @property
+    def title(self):
+        return f"{self.group}: {self.name}"
+
 
 INLET = "Inlet"
 FALCON = "Falcon, untuned"
@@ -126,7 +130,7 @@ CHOICES = (
     Choice("tutorials", "FastAPI", fastapi),
     Choice("tutorials", "Sanic", sanic),
     Choice("tutorials", FALCON, untuned_falcon),
-    Choice("tutorials", FASTIFY, fastify, "node"),
+    Choice("tutorials", FASTIFY, fastify, "npm"),
     Choice("tutorials", "Go net/http", go, "go"),
     Choice("tutorials", "Rust axum", rust, "cargo"),
     Choice("products", "PocketBase, FULL", pocketbase_full, "go"),
@@ -134,7 +138,7 @@ CHOICES = (
     Choice("products", RQLITE, rqlite, "go"),
     Choice("products", "Datasette", datasette),
     Choice("experts", "granian RSGI", granian_rsgi),
-    Choice("experts", "Fastify, shared COMMITs", fastify_shared, "node"),
+    Choice("experts", "Fastify, shared COMMITs", fastify_shared, "npm"),
     Choice("experts", "Go, shared COMMITs", go_shared, "go"),
     Choice("experts", "Rust, shared COMMITs", rust_shared, "cargo"),
     Choice("constants", CONSTANT, inlet_constant),
@@ -146,13 +150,15 @@ CHOICES = (
 def chosen(options):
     """{name: (group, peer)}: Inlet, then those that --peers asks for; without it all but WordPress."""
     found = {INLET: (INLET, inlet())}
-    for python in options.python:
-        version, packages = install.packages_for(python)
+    wanted = options.peers or re.compile("^(?!cms)")
+    if not any(wanted.search(choice.title) for choice in CHOICES):
+        raise SystemExit(f"no peer matches: {', '.join(choice.title for choice in CHOICES)}")
+    for python, version in options.python:
+        packages = install.packages_for(version)
         name = f"Inlet on Python {version}"
         found[name] = (INLET, inlet(python=python, packages=packages, name=name))
     for choice in CHOICES:
-        wanted = options.peers or "^(?!cms)"
-        if not re.search(wanted, f"{choice.group}: {choice.name}", re.IGNORECASE):
+        if not wanted.search(choice.title):
             continue
         if choice.tool and not shutil.which(choice.tool):
             say(f"{choice.name} is left out: {choice.tool} is not here")

@@ -73,12 +73,22 @@ def rqlited():
     return BUILD / "rqlited"
 
 
-def packages_for(python):
-    """The two packages of the service for another Python, in a folder to put on its path."""
+def python_at(path):
+    """(path, version) of a Python; ValueError if it is none."""
     show = "import sys; print('%d.%d' % sys.version_info[:2])"
-    version = subprocess.run([python, "-c", show], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    try:
+        version = subprocess.run([path, "-c", show], check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        version = ""
+    if not version.startswith("3."):
+        raise ValueError
+    return path, version
+
+
+def packages_for(version):
+    """The two packages of the service for another version of Python, in a folder to put on its path."""
     folder = BUILD / f"packages-{version}"
     pins = [pin for pin in (BENCH / "requirements.txt").read_text().split() if pin.startswith(("falcon=", "waitress="))]
     command = (sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--target", folder, "--no-deps")
     run(*command, "--only-binary=:all:", "--python-version", version, *pins)
-    return version, folder
+    return folder

@@ -1,8 +1,8 @@
 """The benchmark: Inlet beside what people would use instead, on this machine, in one run.
 
-    python3 bench/run.py                   all of it (35 minutes with --seconds 2 --rounds 3)
+    python3 bench/run.py                   all of it (30 minutes with --seconds 2 --rounds 3)
     python3 bench/run.py --part rates      one part: rates, footprint or growth
-    python3 bench/run.py --peers 'rust|go' only these, beside Inlet; cms is WordPress
+    python3 bench/run.py --peers ': rust|: go' only these, beside Inlet; cms is WordPress
     python3 bench/run.py --quick           one short round of everything, to see that it works
     python3 bench/run.py --against COMMIT  Inlet as it is now beside Inlet as it was then (bench/against.py)
 
@@ -10,13 +10,14 @@ It makes a virtual environment in bench/.venv, installs the Python peers there, 
 others into bench/.build, and gets wrk, strace and nginx with apt-get. Without node, go or cargo their peers are left
 out. Every server has a database of its own, answers after its COMMIT, and runs alone. Results: bench/results.json,
 bench/rates.svg, and Markdown on stdout. The exit status is 1 if a peer loses a row or a durable one does not sync, or
-if Inlet takes less than untuned Falcon at 64 connections.
+if Inlet takes less than untuned Falcon, where that is measured, at 64 connections.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import sqlite3
 import sys
 from datetime import UTC, datetime
@@ -77,10 +78,10 @@ def whole_numbers(mapping):
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=list(PARTS), help="can be given more than once")
-    parser.add_argument("--peers", metavar="REGEX", help="only peers whose GROUP: NAME matches; case does not matter")
-    parser.add_argument(
-        "--python", metavar="PATH", action="append", default=[], help="measure Inlet on this Python as well"
-    )
+    only = {"type": lambda text: re.compile(text, re.IGNORECASE), "metavar": "REGEX"}
+    parser.add_argument("--peers", help="only peers whose GROUP: NAME matches; case does not matter", **only)
+    also = {"type": install.python_at, "metavar": "PATH", "action": "append", "default": []}
+    parser.add_argument("--python", help="measure Inlet on this Python as well", **also)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="of one run of wrk")
     parser.add_argument("--quick", action="store_true", help="one round of 1 s, and a smaller large database")

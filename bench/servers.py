@@ -75,6 +75,9 @@ class Peer:
         """Starts it with an empty database, or with the one in folder; yields the process when it has taken a message."""
         with tempfile.TemporaryDirectory() as temporary:
             database = Path(folder or temporary) / "data.db"
+            with socket.socket() as sock:
+                if sock.connect_ex(("127.0.0.1", PORT)) == 0:
+                    raise SystemExit(f"something else answers on port {PORT}: it would be measured instead")
             self.prepare(database)
             self.token = database.with_suffix(".token") if self.makes_token else None
             path = (environ or {}).get("COUNT_PATH", ""), self.packages, self.root, BENCH / "peers"
@@ -87,9 +90,6 @@ class Peer:
                 "PYTHONDONTWRITEBYTECODE": "1",
             } | {name: value.replace("DATABASE", str(database)) for name, value in (environ or {}).items()}  # fmt: skip
             command = [word.replace("DATABASE", str(database)) for word in self.command]
-            with socket.socket() as sock:
-                if sock.connect_ex(("127.0.0.1", PORT)) == 0:
-                    raise SystemExit(f"something else answers on port {PORT}: it would be measured instead")
             started = time.perf_counter()
             with open(Path(temporary) / "log", "w+") as log:
                 process = subprocess.Popen(
@@ -101,7 +101,7 @@ class Peer:
                     start_new_session=True,
                 )
                 try:
-                    while not self.accepts_a_message():
+                    while process.poll() is not None or not self.accepts_a_message():
                         if process.poll() is not None or time.perf_counter() > started + 60:
                             log.seek(0)
                             raise SystemExit(f"{self.name} does not take a message:\n{log.read()[-3000:]}")
@@ -130,6 +130,7 @@ class Peer:
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first_start:
                 curl = next(line for line in first_start.stdout if line.startswith("curl "))
                 first_start.terminate()
+                first_start.stdout.read()  # or it could not say its last words
             token.write_text(curl.partition("Bearer ")[2].partition('"')[0])
         if self.inlet:
             self.headers["Authorization"] = f"Bearer {token.read_text().strip()}"
@@ -150,10 +151,17 @@ class Peer:
             return answer.status, answer.read()
         return 0, b""
 
-    def rows(self, database):
-        """The number of messages in the database."""
+    @contextlib.contextmanager
+    def database_open(self, database):
+        """Has a connection to the database open, which only reads."""
         file = Path(self.rows_in.replace("DATABASE", str(database)))
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as db:
+            db.execute("SELECT 1 FROM sqlite_schema").fetchone()
+            yield db
+
+    def rows(self, database):
+        """The number of messages in the database."""
+        with self.database_open(database) as db:
             return db.execute("SELECT count(*) FROM messages").fetchone()[0]
 
     def rows_at_rest(self, database):
@@ -307,8 +315,8 @@ def median(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
-def say(*words, end="\n"):
-    print(*words, file=sys.stderr, flush=True, end=end)
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
 
 
 def send_one_by_one(peer, count):

@@ -8,15 +8,26 @@ db.pragma('journal_mode = WAL')
 db.pragma('synchronous = FULL')
 const insert = db.prepare(
   'INSERT INTO messages (received_at, client, body) VALUES (?, ?, ?)')
-const insertAll = db.transaction((group, now) => group.map(({ body }) => insert.run(now, 'default', body).lastInsertRowid))
+const insertAll = db.transaction((group, now) => group.map(({ body }) => insertOne(now, body)))
 let waiting = []
+
+// The id, or the error if a rule refuses it.
+function insertOne (now, body) {
+  try {
+    return insert.run(now, 'default', body).lastInsertRowid
+  } catch (error) {
+    if (!error.code.startsWith('SQLITE_CONSTRAINT')) throw error
+    error.statusCode = 422
+    return error
+  }
+}
 
 function write () {
   const group = waiting
   waiting = []
   try {
     const ids = insertAll.immediate(group, new Date().toISOString())
-    group.forEach(({ resolve }, n) => resolve({ id: ids[n] }))
+    group.forEach(({ resolve, reject }, n) => ids[n] instanceof Error ? reject(ids[n]) : resolve({ id: ids[n] }))
   } catch (error) {
     group.forEach(({ reject }) => reject(error))
   }

@@ -10,12 +10,12 @@ import (
 	"net/http"
 	"os"
 
-	_ "github.com/mattn/go-sqlite3"
+	"github.com/mattn/go-sqlite3"
 )
 
 type waiting struct {
 	body   string
-	stored chan int64
+	stored chan int64 // its id, or 0 if a rule refused it
 }
 
 func write(db *sql.DB, insert *sql.Stmt, queue <-chan waiting) {
@@ -31,11 +31,11 @@ func write(db *sql.DB, insert *sql.Stmt, queue <-chan waiting) {
 		}
 		inTransaction := tx.Stmt(insert)
 		for n, one := range group {
-			result, err := inTransaction.Exec("default", one.body)
-			if err != nil {
+			if result, err := inTransaction.Exec("default", one.body); err == nil {
+				ids[n], _ = result.LastInsertId()
+			} else if err.(sqlite3.Error).Code != sqlite3.ErrConstraint {
 				log.Fatal(err)
 			}
-			ids[n], _ = result.LastInsertId()
 		}
 		if err := tx.Commit(); err != nil {
 			log.Fatal(err)
@@ -71,9 +71,14 @@ func main() {
 		}
 		one := waiting{string(body), make(chan int64, 1)}
 		queue <- one
+		id := <-one.stored
+		if id == 0 {
+			http.Error(w, "refused", http.StatusUnprocessableEntity)
+			return
+		}
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(http.StatusCreated)
-		json.NewEncoder(w).Encode(map[string]int64{"id": <-one.stored})
+		json.NewEncoder(w).Encode(map[string]int64{"id": id})
 	})
 	log.Fatal(http.ListenAndServe("127.0.0.1:"+os.Getenv("BENCH_PORT"), nil))
 }

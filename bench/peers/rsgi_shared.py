@@ -29,14 +29,17 @@ class Application:
         try:
             body = (await protocol()).decode()
             json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             protocol.response_str(400, JSON, '{"title": "Not JSON"}')
             return
         stored = self.loop.create_future()
         self.waiting.append((body, stored))
         if self.writing is None:
             self.writing = self.loop.create_task(self.write_all())
-        protocol.response_str(201, JSON, f'{{"id": {await stored}}}')
+        if row_id := await stored:
+            protocol.response_str(201, JSON, f'{{"id": {row_id}}}')
+        else:
+            protocol.response_str(422, JSON, '{"title": "Refused"}')
 
     async def write_all(self):
         while self.waiting:
@@ -55,12 +58,19 @@ class Application:
         now = datetime.now(UTC).isoformat()
         self.db.execute("BEGIN IMMEDIATE")
         try:
-            ids = [self.db.execute(INSERT, (now, body)).lastrowid for body in bodies]
+            ids = [self.insert(now, body) for body in bodies]
             self.db.execute("COMMIT")
         except sqlite3.Error:
             self.db.rollback()
             raise
         return ids
+
+    def insert(self, now, body):
+        """The id, or None if a rule refuses it."""
+        try:
+            return self.db.execute(INSERT, (now, body)).lastrowid
+        except sqlite3.IntegrityError:
+            return None
 
 
 application = Application()

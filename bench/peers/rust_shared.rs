@@ -2,20 +2,28 @@
 use std::sync::mpsc;
 
 use axum::{Json, Router, extract::State, http::{HeaderMap, StatusCode}, routing::post};
-use rusqlite::Connection;
+use rusqlite::{Connection, ErrorCode, Statement};
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-type Waiting = (String, oneshot::Sender<i64>);
+type Waiting = (String, oneshot::Sender<Option<i64>>); // the id, or None if a rule refused it
 const INSERT: &str = "INSERT INTO messages (received_at, client, body) VALUES (datetime('now'), ?, ?)";
+
+fn insert_one(insert: &mut Statement, body: &str) -> Option<i64> {
+    match insert.insert(("default", body)) {
+        Ok(id) => Some(id),
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => None,
+        Err(error) => panic!("{error}"),
+    }
+}
 
 fn write(db: Connection, queue: mpsc::Receiver<Waiting>) {
     let mut insert = db.prepare(INSERT).unwrap();
     while let Ok(first) = queue.recv() {
         let group: Vec<Waiting> = std::iter::once(first).chain(queue.try_iter()).collect();
         db.execute_batch("BEGIN IMMEDIATE").unwrap();
-        let ids: Vec<i64> = group.iter().map(|(body, _)| insert.insert(("default", body)).unwrap()).collect();
+        let ids: Vec<Option<i64>> = group.iter().map(|(body, _)| insert_one(&mut insert, body)).collect();
         db.execute_batch("COMMIT").unwrap();
         for ((_, sender), id) in group.into_iter().zip(ids) {
             let _ = sender.send(id); // the client may have gone
@@ -32,7 +40,10 @@ async fn create(State(queue): State<mpsc::Sender<Waiting>>, headers: HeaderMap, 
     }
     let (sender, stored) = oneshot::channel();
     queue.send((body, sender)).unwrap();
-    (StatusCode::CREATED, Json(json!({"id": stored.await.unwrap()})))
+    match stored.await.unwrap() {
+        Some(id) => (StatusCode::CREATED, Json(json!({"id": id}))),
+        None => (StatusCode::UNPROCESSABLE_ENTITY, Json(json!({"title": "Refused"}))),
+    }
 }
 
 #[tokio::main]
