@@ -84,6 +84,25 @@ def test_who_sends_on_and_does_not_read_costs_nothing(connection, ends, server):
     require_idle(server)
 
 
+def test_a_client_that_leaves_between_two_refusals_costs_nobody_a_turn(server, tmp_path):
+    """The second answer cannot be sent, so the connection is closed while the first one is being sent."""
+    refused = b"POST /messages HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    for _ in range(200):
+        with connect(server) as sock:
+            sock.sendall(refused + b"garbage\r\n\r\n")
+    assert send(http.client.HTTPConnection(server.address, timeout=DEADLINE_S), "POST", "/messages", "1")[0] == 201
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_trailers_have_a_limit(server):
+    with connect(server) as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(
+            HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n1\r\n1\r\n0\r\n" + b"a:\r\n" * 10_000 + b"\r\n"
+        )
+        assert all_of(sock).startswith(b"HTTP/1.1 431 ")
+    assert rows(server) == []
+
+
 @pytest.mark.parametrize("method", ["post", "Post", "get", "head"])
 def test_methods_are_case_sensitive(method, server):
     with connect(server) as sock:

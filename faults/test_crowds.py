@@ -4,13 +4,15 @@ import contextlib
 import gzip
 import http.client
 import json
+import signal
 import socket
 import sqlite3
 import threading
 import time
 
 import pytest
-from common import Ledger, Server, at_once, database, timed, wait_until
+from common import Ledger, Server, at_once, database, failing, timed, wait_until
+from deployed import free_port
 
 from test_service import DEADLINE_S, TOKEN, send, stream_sql
 
@@ -261,3 +263,67 @@ def test_who_finds_no_room_waits_until_somebody_leaves(tmp_path):
             assert answer_on(last)[0] == 201
         assert "connections are open" in (tmp_path / "log").read_text()
         assert ask(server, "POST", "/messages", "1")[0] == 201
+
+
+def test_deaf_clients_that_send_a_byte_now_and_then_go_before_a_slow_reader(tmp_path):
+    """What they send is discarded, so it does not count as a sign of life. Together they hold more than UNSENT_BYTES."""
+    with serving(tmp_path, "--max-body", "40000000") as server:
+        path = ask(server, "POST", "/messages", b'"%b"' % (b"x" * 30_000_000))[1]["Location"].encode()
+        get = b"GET %b HTTP/1.1\r\nHost: x\r\n%b" % (path, AUTHORIZED)
+        with connections(server, 3, receive_buffer=4096) as deaf, connections(server, 1, receive_buffer=65536) as ours:
+            for sock in deaf[:2]:
+                sock.sendall(get + b"Connection: close\r\n\r\n")
+            time.sleep(1)
+            (reader,) = ours
+            reader.sendall(get + b"\r\n")
+            received = 0
+            for step in range(30):
+                if step == 10:
+                    deaf[2].sendall(get + b"Connection: close\r\n\r\n")
+                received += len(reader.recv(50_000))
+                for _ in range(10):
+                    time.sleep(0.01)
+                    for sock in deaf[:2]:
+                        with contextlib.suppress(ConnectionError):
+                            sock.send(b"x")
+            while received < 30_000_000:
+                data = reader.recv(2**20)
+                assert data, f"the reader was closed after {received:,} bytes"
+                received += len(data)
+
+
+def test_crowds_that_ask_whether_it_is_ready_share_one_write(tmp_path):
+    """Each sync takes 1.2 s, so what one of them has found is older than a second when the next one is looked at."""
+    with serving(tmp_path) as server, failing(server, "fdatasync:delay_enter=1200000"):
+        asked = [lambda: timed(lambda: ask(server, "GET", "/healthz"))] * 10
+        found = at_once(*asked)
+        assert {answer[0] for answer, _ in found} == {200}
+        assert max(seconds for _, seconds in found) < 6
+
+
+def test_a_server_with_two_addresses_ends_well_while_clients_come(tmp_path):
+    """A new connection can get the descriptor of the listener that was closed; each close takes 0.3 s here."""
+    database(tmp_path)
+    port = free_port()
+    server = Server(tmp_path, "--listen", f"127.0.0.1:{port} 127.0.0.2:{port}")
+    stop = threading.Event()
+
+    def come():
+        kept = []
+        while not stop.is_set():
+            for host in ("127.0.0.1", "127.0.0.2"):
+                with contextlib.suppress(OSError):
+                    kept.append(socket.create_connection((host, port), 1))
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=come)
+    try:
+        thread.start()
+        with failing(server, "close:delay_exit=300000"):
+            server.signal(signal.SIGTERM)
+            assert server.process.wait(DEADLINE_S) == 0
+    finally:
+        stop.set()
+        thread.join()
+        server.kill()
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -571,3 +571,85 @@ def test_a_sync_that_hangs_is_503_in_time_for_all_who_wait(tmp_path):
         )  # the alert does not wait for the disk
     assert server.end() == 0
     assert sql(tmp_path / "inlet.db", "SELECT count(*) = count(DISTINCT key) FROM messages") == [(1,)]
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
+def test_a_process_that_has_an_old_shm_ends_without_harm(end, tmp_path):
+    """It has not written since the -shm was removed. Its index of the WAL is not that of the other process any more."""
+    database(tmp_path)
+    with contextlib.closing(Server(tmp_path)) as server, contextlib.closing(Server(tmp_path)) as other:
+        for each in (server, other):
+            assert send(each.connect(), "POST", "/messages", '"before"')[0] == 201
+        (tmp_path / "inlet.db-shm").unlink()
+        for n in range(100):
+            assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
+        os.kill(other.pid, getattr(signal, end))
+        other.process.wait(DEADLINE_S)
+        assert send(server.connect(), "POST", "/messages", '"after"')[0] == 201
+        assert server.end() == 0
+    assert sql(tmp_path / "inlet.db", "PRAGMA integrity_check") == [("ok",)]
+    assert sql(tmp_path / "inlet.db", "SELECT count(*) FROM messages") == [(103,)]
+
+
+@pytest.mark.parametrize("messages", [1, 50])
+def test_commands_wait_until_a_removed_wal_is_saved(messages, tmp_path):
+    """A second WAL below the -shm of a running service would destroy both."""
+    database(tmp_path)
+    with contextlib.closing(Server(tmp_path)) as server:
+        for n in range(messages):
+            assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
+        (tmp_path / "inlet.db-wal").unlink()
+        refused = run(tmp_path, "client", "add", "bob")
+        assert refused.returncode == 2
+        assert "was removed" in refused.stderr
+        assert send(server.connect(), "POST", "/messages", '"next"')[0] == 201
+        assert run(tmp_path, "client", "add", "bob").returncode == 0
+        assert server.end() == 0
+    assert sql(tmp_path / "inlet.db", "SELECT count(*) FROM messages") == [(messages + 1,)]
+
+
+def test_a_database_in_place_of_another_is_noticed_also_if_its_folder_looks_as_before(tmp_path):
+    """As tar and rsync leave it: with its own time. Each message after that is in the new one."""
+    database(tmp_path)
+    with contextlib.closing(Server(tmp_path)) as server:
+        connection = server.connect()
+        assert send(connection, "POST", "/messages", '"old"')[0] == 201
+        (copy := tmp_path.parent / "copy").mkdir()
+        database(copy)
+        time.sleep(2.1)
+        assert send(connection, "POST", "/messages", '"old"')[0] == 201
+        times = tmp_path.stat()
+        for suffix in ("-wal", "-shm"):
+            (tmp_path / f"inlet.db{suffix}").unlink()
+        (copy / "inlet.db").rename(tmp_path / "inlet.db")
+        os.utime(tmp_path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        statuses = [send(server.connect(), "POST", "/messages", str(n))[0] for n in range(20)]
+        assert statuses.count(201) >= 18
+        assert server.end() == 0
+    assert sql(tmp_path / "inlet.db", "SELECT count(*) FROM messages") == [(statuses.count(201),)]
+
+
+def test_a_folder_that_is_swapped_while_the_database_is_opened_is_noticed(tmp_path, monkeypatch):
+    old, new, away = (tmp_path / name for name in ("data", "new", "away"))
+    for folder in (old, new):
+        folder.mkdir()
+        database(folder)
+    schema = service.read_schema(old / "schema.sql")
+    store = service.Store(service.Database(old / "inlet.db"), schema)
+    real = service.connect
+
+    def swapped(*arguments):
+        db = real(*arguments)
+        if new.exists():
+            old.rename(away)
+            new.rename(old)
+        return db
+
+    monkeypatch.setattr(service, "connect", swapped)
+    results = []
+    for n in range(3):
+        with contextlib.suppress(service.Problem):
+            results.append(store.append(service.Entry(schema.streams["messages"], "x", None, [str(n)])))
+    store.close()
+    assert len(results) >= 2
+    assert sql(old / "inlet.db", "SELECT count(*) FROM messages") == [(len(results),)]
