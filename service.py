@@ -1684,7 +1684,7 @@ def require_json(text: str, first_line: int = 1) -> None:
         raise json_problem(error.msg, text[: error.pos], first_line) from None
     except ValueError as error:
         raise json_problem(str(error), UP_TO_CONSTANT.match(text)[0], first_line) from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    if len(text) > 2 * MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH:
         refuse_depth(text, first_line)
 
 

@@ -47,6 +47,7 @@ def batches_and_pages(options):
         say(f"{title}: {value:,.0f}/s")
 
     peer = inlet()
+    peer.command += ["--max-body", "10000000"]  # bytes: 10,000 messages have 4.5 MB
     for _ in range(options.rounds):
         for batch in BATCHES:
             with tempfile.TemporaryDirectory() as folder:
