@@ -130,7 +130,9 @@ def markdown(found):
 def cell(found, name, connections):
     rate = rate_of(found, name, connections)
     ratio = rate_of(found, groups.INLET, connections) / max(1, rate)
-    return f"{rate:,.0f}" + ("" if name == groups.INLET else f" ({ratio:.2g})" if ratio < 10 else f" ({ratio:.0f})")
+    if name == groups.INLET:
+        return f"{rate:,.0f}"
+    return f"{rate:,.0f} ({ratio:.{2 if ratio < 2 else 1 if ratio < 10 else 0}f})"
 
 
 def targets(found):
@@ -185,10 +187,16 @@ def draw(found, path):
         below.plot(CONNECTIONS, [by_connections[c]["p99_ms"]["median"] for c in CONNECTIONS], marker="o", **style)
     above.set(ylabel="messages per second")
     below.set(ylabel="p99 latency, milliseconds", xlabel="connections")
-    for axes in (above, below):
-        axes.set(xscale="log", yscale="log", xticks=CONNECTIONS)
-        axes.set_xticklabels(CONNECTIONS)
+    steps = (1, 2, 5)
+    for axes, ticks in (
+        (above, [step * 10**power for power in (3, 4) for step in steps] + [100_000]),
+        (below, [step * 10**power for power in (-1, 0, 1) for step in steps] + [100]),
+    ):
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(CONNECTIONS, CONNECTIONS, minor=False)
+        axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-    above.legend(fontsize=9)
-    figure.tight_layout()
+    figure.legend(fontsize=9, loc="upper center", ncols=2)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, metadata={"Date": None})
