@@ -443,6 +443,7 @@ print(set(ids) <= {message["id"] for message in page}, flush=True)
 def test_a_signal_while_a_fork_waits_stops_nothing_for_ever(tmp_path):
     """The handler raises in the thread that forks, and Python forks all the same."""
     code = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 other = sqlite3.connect(os.environ["INLET_DATABASE"], isolation_level=None)
 other.execute("BEGIN IMMEDIATE")
 results = []
