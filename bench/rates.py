@@ -7,6 +7,7 @@ import groups
 from servers import cpu_s, inlet, median, say, send_one_by_one, spread, system_calls, table, wrk
 
 CONNECTIONS = (1, 16, 64, 256)
+IN_SHORT = (1, 64)  # with --quick
 TRACED_MESSAGES = 100
 LAST = "Inlet, at the end of the round"
 
@@ -18,7 +19,7 @@ def measure(options):
     for number in range(options.rounds):
         for name, peer in [*((name, peer) for name, (_, peer) in found.items()), (LAST, inlet())]:
             with peer.running() as process:
-                runs, lost = loads_of(peer, process, options.seconds)
+                runs, lost = loads_of(peer, process, options.seconds, IN_SHORT if options.quick else CONNECTIONS)
                 if number == 0 and name != LAST:
                     fsyncs[name] = fsyncs_alone(peer, process)
             shown = ", ".join(f"{figures['rate']:,.0f}/s" for figures in runs.values())
@@ -31,8 +32,8 @@ def measure(options):
         if peer.durable and fsyncs[name] < 1:
             failures.append(f"{name} makes only {fsyncs[name]:.2f} fsyncs for a message that comes alone.")
     last = loads.pop(LAST)
-    noise = {c: median(map(distance, loads[groups.INLET][c], last[c])) for c in CONNECTIONS}
-    for connections in CONNECTIONS:
+    noise = {c: median(map(distance, loads[groups.INLET][c], last[c])) for c in last}
+    for connections in last:
         loads[groups.INLET][connections] += last[connections]
     return {
         "groups": {name: group for name, (group, _) in found.items()},
@@ -46,11 +47,11 @@ def measure(options):
     }
 
 
-def loads_of(peer, process, seconds):
+def loads_of(peer, process, seconds, connections):
     """The figures by connections, and how many 2xx have no row: too few by what wrk did not wait for at its end."""
     rows_before = peer.rows_at_rest(process.database) if peer.stores else 0
     taken = load(peer, process, 16, seconds / 3)["taken"]  # to warm it up
-    runs = {connections: load(peer, process, connections, seconds) for connections in CONNECTIONS}
+    runs = {each: load(peer, process, each, seconds) for each in connections}
     taken += sum(figures["taken"] for figures in runs.values())
     return runs, rows_before + taken - peer.rows_at_rest(process.database) if peer.stores else 0
 
@@ -99,24 +100,24 @@ def rate_of(found, name, connections):
 
 def markdown(found):
     """The table with the ratios, the one with latencies and CPU, and the noise."""
-    names = list(found["loads"])
+    names, measured = list(found["loads"]), list(found["noise"])
     rows, long = [], []
     group = None
     for name in names:
         if found["groups"][name] != group:
             group = found["groups"][name]
             if group != groups.INLET:
-                rows.append([f"*{group}*"] + [""] * (len(CONNECTIONS) + 1))
+                rows.append([f"*{group}*"] + [""] * (len(measured) + 1))
         fsyncs = f"{found['fsyncs'][name]:.1f}" if group != "constants" else "–"
-        rows.append([name, *(cell(found, name, connections) for connections in CONNECTIONS), fsyncs])
-        for connections in CONNECTIONS:
+        rows.append([name, *(cell(found, name, connections) for connections in measured), fsyncs])
+        for connections in measured:
             at = found["loads"][name][connections]
             shown = [
                 f"{at[key]['median']:,.{digits}f}" for key, digits in (("p50_ms", 1), ("p99_ms", 1), ("cpu_us", 0))
             ]
             long.append([f"{name}, {connections}", spread(at["rate"]), *shown, f"{at['errors']:,}"])
-    noise = ", ".join(f"{100 * found['noise'][c]['median']:.0f} % at {c}" for c in CONNECTIONS)
-    head = ["messages/s with … connections (and Inlet / this)", *map(str, CONNECTIONS), "fsyncs"]
+    noise = ", ".join(f"{100 * found['noise'][c]['median']:.0f} % at {c}" for c in measured)
+    head = ["messages/s with … connections (and Inlet / this)", *map(str, measured), "fsyncs"]
     return "\n\n".join(
         [
             table(head, rows),
@@ -147,7 +148,7 @@ def targets(found):
         }
         return min(ratios.items(), key=lambda item: item[1], default=None)
 
-    for connections in (16, 64, 256):
+    for connections in sorted({16, 64, 256} & set(found["noise"])):
         for group in ("tutorials", "products"):
             if nearest := slowest(connections, group):
                 yield f"{connections} connections: Inlet / the best of the {group} ({nearest[0]})", 1.5, nearest[1]
