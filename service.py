@@ -2411,8 +2411,8 @@ def accept_all(listener: BaseWSGIServer, _: int = EVENT_READ) -> None:
 class Connection:
     """A client's connection. Its requests are run one after the other; while one is run, nothing more is read.
 
-    It is not waitress's own class, because there threads share buffers, an answer over 1 MiB becomes a temporary file,
-    and over 16 MiB a thread waits for the client.
+    In waitress, threads would share its buffers. There, an answer over 1 MiB becomes a temporary file. Over 16 MiB, a
+    thread waits for the client.
     """
 
     def __init__(self, server: Server, sock: socket.socket, address: str):
@@ -2558,13 +2558,13 @@ class Connection:
 
     def handle_write(self) -> None:
         """Send what the client takes at this moment. When that was all, read the next request."""
-        sent = 0
         try:
             sent = self.socket.send(self.output)
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                self.close()
-                return
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return
         del self.output[:sent]
         if sent:
             self.active_at = time.monotonic()
