@@ -1,4 +1,4 @@
-"""Inlet's engine for rqlite 8: SQLite on several machines, which agree on each write by Raft. https://rqlite.io
+"""The engine for rqlite 8: SQLite on several machines, which agree on each write by Raft. https://rqlite.io
 
 Cluster does what Database does in service.py, by the HTTP API of the nodes: https://rqlite.io/docs/api. A request to
 /db/execute is one entry of the Raft log. It is answered when a majority of the nodes has it on disk, and the leader has
@@ -88,11 +88,12 @@ class Node:
     """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or more than that."""
 
     def __init__(self, url: SplitResult):
-        if not HOST.fullmatch(url.hostname or "") or url.path.strip("/") or url.query or url.fragment:
+        host = url.hostname or ""
+        if not HOST.fullmatch(host) or url.path.strip("/") or url.query or url.fragment:
             raise ValueError(url)
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        self.name = f"{url.hostname}:{url.port or 4001}"
-        self._new = partial(kind, url.hostname, url.port or 4001)
+        self.name = f"{host}:{url.port or 4001}"
+        self._new = partial(kind, host, url.port or 4001)
         self._headers = {"Content-Type": "application/json"}
         if url.username:
             user = f"{unquote(url.username)}:{unquote(url.password or '')}"
@@ -228,7 +229,7 @@ class Cluster:
             self._require_foreign_keys()
         else:
             self._require_database()
-        db = Connection(self, "strong", time.monotonic() + BUSY_TIMEOUT_S)
+        db: Any = Connection(self, "strong", time.monotonic() + BUSY_TIMEOUT_S)
         yield db
         if new_schema and not service.differences(db, new_schema):
             self._try_out(new_schema)
@@ -300,9 +301,8 @@ class Cluster:
         except sqlite3.Error as error:
             return error
         entry.line = len(answers)  # they end at the one that was refused
-        error = self._refusal_in(answers[-1])
         last = answers[-1] | {"rows_affected": len(answers)}
-        return error or results_of([entry], last, received_at)[entry]
+        return self._refusal_in(last) or results_of([entry], last, received_at)[entry]
 
     def execute_all(self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S) -> None:
         """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known."""
@@ -347,7 +347,9 @@ class Cluster:
         UTF-8, and writes 1.0 as 1.
         """
         order = " ORDER BY t.id" if stream.has_ids else ""
-        columns = ("body", *["headers"] * stream.has_headers) if stream.has_ids else stream.fields
+        columns = list(stream.fields)
+        if stream.has_ids:
+            columns = ["body", "headers"] if stream.has_headers else ["body"]
         size = " + ".join(f"ifnull(octet_length(t.{service.quoted(column)}), 0)" for column in columns)
         # Of the rows before the last one: a report says whether there is one more.
         bytes_before = f"sum({size}) OVER ({order} ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING)"
@@ -480,7 +482,7 @@ class Cluster:
             sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger' AND instr(s.sql, :literal)"
             with contextlib.suppress(sqlite3.Error):
                 triggers = self.query(sql, {"literal": literal}, "weak", time.monotonic() + CONNECT_TIMEOUT_S)
-                if any(f"raise ( abort , {literal} )" in service.plain(trigger) for (trigger,) in triggers):
+                if any(f"raise ( abort , {literal} )" in " ".join(service.normal(sql)) for (sql,) in triggers):
                     error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
         return error
 
@@ -515,7 +517,7 @@ def inserted_by_triggers(schema: Schema, stream: Stream) -> set[str]:
     inserted: set[str] = set()
 
     def note(action: int, table: str | None, _column: Any, _database: Any, trigger: str | None) -> int:
-        if action == sqlite3.SQLITE_INSERT and trigger:
+        if action == sqlite3.SQLITE_INSERT and table and trigger:
             inserted.add(table)
         return sqlite3.SQLITE_OK
 
@@ -619,12 +621,12 @@ def rows_of(group: list[Entry], received_at: str) -> list[tuple]:
     return [row for entry in group for row in service.rows_of(entry, received_at)]
 
 
-def insert_of(stream: Stream | None, rows: list[tuple]) -> list:
+def insert_of(stream: Stream, rows: list[tuple]) -> list:
     """Return the statement that inserts rows, with its parameter: one JSON text, which rqlited takes for no BLOB."""
-    if stream is None:  # for /healthz: a write that changes nothing
+    if not rows:  # for /healthz: a write that changes nothing
         return ["UPDATE clients SET name = name WHERE false"]
     into, _, _ = stream.insert.partition(" VALUES ")
-    columns = ", ".join(f"j.value ->> {n}" for n in range(4 + stream.has_headers))
+    columns = ", ".join(f"j.value ->> {n}" for n in range(stream.insert.count("?")))
     return [f"{into} SELECT {columns} FROM json_each(?) AS j", json.dumps(rows, ensure_ascii=False)]
 
 
