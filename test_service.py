@@ -5,8 +5,6 @@ import concurrent.futures
 import contextlib
 import fcntl
 import gzip
-import hashlib
-import hmac
 import http.client
 import http.server
 import io
@@ -18,6 +16,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -293,7 +292,7 @@ def append(store, stream, body, key=None):
 def commit_together(store, *entries):
     """Gives all of these one COMMIT, as a server does; returns of each its first id, or the status of its refusal."""
     for each in entries:
-        store.put(each)
+        store.queue.append(each)
     store.write()
     return [getattr(each.result, "status", None) or each.result.first_id for each in entries]
 
@@ -422,6 +421,100 @@ def readme(language):
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
+# The extras
+
+
+def copy_of_the_service(folder, *without, extras=True):
+    """Copies service.py and schema.sql, and the extras but for those without, into a folder; returns it."""
+    for name in ("service.py", "schema.sql"):
+        shutil.copy(HERE / name, folder)
+    if extras:
+        left_out = shutil.ignore_patterns("test_*", "conftest.py", "__pycache__", *without)
+        shutil.copytree(HERE / "extras", folder / "extras", ignore=left_out)
+    return folder
+
+
+class Copied(Process):
+    """A server of such a copy, in its folder."""
+
+    def __init__(self, folder, *arguments):
+        self.program = (str(folder / "service.py"),)
+        super().__init__(folder, *arguments)
+
+
+EXTRAS = sorted(
+    path.name for path in (HERE / "extras").iterdir() if path.suffix in (".py", ".html") and "test" not in path.name
+)
+
+
+@pytest.mark.parametrize("name", [*EXTRAS, "*"])
+def test_an_extra_that_is_deleted_is_not_missed(name, tmp_path):
+    """A short contract. What it does is not there then, and a command or flag that needs it says so in one line."""
+    assert len(EXTRAS) == 9
+    with contextlib.closing(Copied(copy_of_the_service(tmp_path, name))) as server:
+        add_tester(server.database)
+        eventually(lambda: send(server.connect(), "GET", "/")[0] == 200)
+        with contextlib.closing(server.connect()) as connection:
+            first = send(connection, "POST", "/messages", "1", Idempotency_Key="k")
+            assert (first[0], json.loads(first[2])["id"]) == (201, 1)
+            assert send(connection, "POST", "/messages", "1", Idempotency_Key="k")[1]["Idempotent-Replayed"] == "true"
+            assert send(connection, "POST", "/messages", [b"1", b"x"])[0] == 400
+            assert json.loads(send(connection, "POST", "/messages", "2\n3", **BATCH)[2])["count"] == 2
+            assert [m["body"] for m in json.loads(send(connection, "GET", "/messages?after=1")[2])["messages"]] == [
+                2,
+                3,
+            ]
+            assert send(connection, "GET", "/healthz", Authorization="")[0] == 200
+            assert send(connection, "GET", "/metrics")[0] == (404 if name in ("metrics.py", "*") else 200)
+            kind = send(connection, "GET", "/", Accept="text/html", Authorization="")[1]["Content-Type"]
+            assert (kind == "text/html; charset=utf-8") == (name not in ("page.py", "page.html", "*"))
+        assert "Traceback" not in server.log
+    for extra, words in (
+        ("migrate.py", ["migrate"]), ("rqlite.py", ["--database", "http://127.0.0.1:1"]),
+        ("senders.py", ["client", "add", "x", "--signs", "github"]), ("loop.py", ["--server", "loop"]),
+    ):  # fmt: skip
+        if name in (extra, "*"):
+            command = [sys.executable, str(tmp_path / "service.py"), *words]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S)
+            assert (done.returncode, done.stderr.count("\n"), extra in done.stderr) == (2, 1, True), done.stderr
+
+
+def test_service_py_alone_keeps_what_it_has_acknowledged(tmp_path):
+    """With schema.sql, falcon and waitress, in an empty folder: 32 senders, and kill -9."""
+    with contextlib.closing(Copied(copy_of_the_service(tmp_path, extras=False))) as server:
+        add_tester(server.database)
+        eventually(lambda: send(server.connect(), "GET", "/")[0] == 200)
+        with sending(server, "1", count=32) as answers:
+            eventually(lambda: len(answers) > 300)
+            server.kill()
+        server.start()
+        acknowledged = [message_id for status, message_id in answers if status == 201]
+        stored = [row[0] for row in rows(server, "SELECT id FROM messages")]
+        assert len(set(acknowledged)) == len(acknowledged) > 300
+        assert set(acknowledged) <= set(stored)
+        page = json.loads(send(server.connect(), "GET", "/messages?limit=1000")[2])["messages"]
+        assert [message["id"] for message in page] == stored[:1000]
+
+
+def test_there_is_one_module_whoever_asks_for_it(tmp_path):
+    """A package `extras` from elsewhere does not get in between; and an extra finds this very service."""
+    (tmp_path / "extras").mkdir()
+    (tmp_path / "extras" / "__init__.py").write_text("raise ImportError('not this one')")
+    code = """if True:
+        import importlib, runpy
+        again = importlib.import_module("service")
+        metrics = service.extra("metrics")
+        print(again is service, metrics.Store is service.Store, service.extra("metrics") is metrics, service.extra("no"))
+        sys.argv = ["service.py", "--version"]
+        del sys.modules["service"]
+        try:
+            runpy.run_path(sys.argv[0] if os.path.exists(sys.argv[0]) else service.__file__, run_name="__main__")
+        except SystemExit:
+            pass
+    """
+    assert python(code, tmp_path) == f"True True True None\nInlet {service.__version__}\n"
+
+
 # The app
 
 
@@ -431,7 +524,7 @@ def test_the_application_opens_the_database_at_its_first_request_and_not_before(
 
 
 def test_first_requests_that_cannot_be_served_fail_together_and_not_one_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "BUSY_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(service, "BUSY_TIMEOUT_S", 0.3)
     monkeypatch.setenv("INLET_DATABASE", str(tmp_path / "inlet.db"))
     client = falcon.testing.TestClient(service.LazyApplication())
     with open(tmp_path / "inlet.db-lock", "ab") as file, concurrent.futures.ThreadPoolExecutor() as pool:
@@ -439,7 +532,7 @@ def test_first_requests_that_cannot_be_served_fail_together_and_not_one_after_th
         started = time.monotonic()
         asked = [pool.submit(client.simulate_get, "/messages") for _ in range(4)]
         assert {each.result().status_code for each in asked} == {503}
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 1
         fcntl.flock(file, fcntl.LOCK_UN)
         assert client.simulate_get("/messages").status_code == 401
 
@@ -452,21 +545,23 @@ def test_an_application_that_is_not_set_up_says_so_in_answer_and_log(tmp_path, m
     assert "no-such-folder" in caplog.text
 
 
-def test_a_forked_child_opens_its_own_connections(tmp_path):
-    code = """if True:
-        import sqlite3, warnings
+@pytest.mark.parametrize(("used_before", "status"), [(False, 401), (True, 503)])
+def test_a_process_may_fork_before_its_first_request_and_not_after_it(used_before, status, tmp_path):
+    """SQLite keeps its locks in memory that a child inherits: 10 of 24 messages of such a child were lost."""
+    code = f"""if True:
+        import warnings
         warnings.simplefilter("ignore")  # Python warns of forks beside threads
-        assert client.simulate_get("/messages").status_code == 401
+        ask = lambda: client.simulate_get("/messages").status_code
+        {used_before} and ask()
         child = os.fork()
-        opened, real = [], sqlite3.connect
-        sqlite3.connect = lambda *a, **k: opened.append(a) or real(*a, **k)
-        assert client.simulate_get("/messages").status_code == 401
-        print("parent" if child else "child", bool(opened), flush=True)
+        os.write(1, f"{{'parent' if child else 'child'}} {{ask()}}\\n".encode())
         if not child:
             os._exit(0)
         os.waitpid(child, 0)
     """
-    assert sorted(python(code, tmp_path).splitlines()) == ["child True", "parent False"]
+    printed = python(code, tmp_path)
+    assert {f"child {status}", "parent 401"} <= set(printed.splitlines())
+    assert ("was forked" in printed) == used_before
 
 
 def test_an_unexpected_error_says_nothing_and_is_logged(open_store, caplog):
@@ -522,6 +617,12 @@ def test_it_ends_with_one_line_if_it_cannot_run_like_this(arguments, words, one_
     assert all(word in line for word in words), line
 
 
+def test_a_password_in_the_address_of_a_cluster_is_not_shown(command, monkeypatch):
+    monkeypatch.setattr(service.needed("rqlite", "a cluster"), "BUSY_TIMEOUT_S", 0.1)
+    status, _, line = command("client", "list", "--database", "http://me:hunter2@127.0.0.1:1")
+    assert (status, "127.0.0.1:1" in line, "hunter2" in line) == (1, True, False)
+
+
 def test_a_flag_counts_more_than_the_environment(one_line_error, monkeypatch):
     monkeypatch.setenv("INLET_MAX_BODY", "-10")
     monkeypatch.setenv("INLET_THREADS", "")  # as good as none
@@ -564,11 +665,12 @@ COLUMN = ", n TEXT AS (body ->> 'n')"
     ("CREATE VIEW Clients AS SELECT 1 AS token;", ["Clients", "belongs to the service"]),
     (X.replace("key TEXT,", ""), ["no such column"]),
     ("CREATE TABLE x (id INTEGER PRIMARY KEY AUTOINCREMENT, received_at TEXT NOT NULL, client TEXT NOT NULL,"
-     " body TEXT NOT NULL) STRICT;", ["table x", "lacks the column key TEXT"]),
-    (X.replace(" AUTOINCREMENT", ""), ["table x", "column id must be INTEGER PRIMARY KEY AUTOINCREMENT"]),
-    (X.replace("client TEXT NOT NULL", "client TEXT"), ["table x", "column client must be TEXT NOT NULL"]),
-    (X.replace("body TEXT", "body BLOB"), ["table x", "column body must be TEXT NOT NULL"]),
-    (X.replace("key TEXT", "key TEXT AS (body ->> 'key')"), ["table x", "column key must be"]),
+     " body TEXT NOT NULL) STRICT;", ["table x", "needs the column key TEXT"]),
+    (X.replace(" AUTOINCREMENT", ""), ["table x", "id needs AUTOINCREMENT"]),
+    (X.replace("INTEGER PRIMARY KEY AUTOINCREMENT", "INTEGER"), ["table x", "needs the column id INTEGER PRIMARY KEY"]),
+    (X.replace("client TEXT NOT NULL", "client TEXT"), ["table x", "needs the column client TEXT NOT NULL"]),
+    (X.replace("body TEXT", "body BLOB"), ["table x", "needs the column body TEXT NOT NULL"]),
+    (X.replace("key TEXT", "key TEXT AS (body ->> 'key')"), ["table x", "needs the column key"]),
     (X.replace("STRICT", ""), ["table x", "STRICT"]), (X.partition("CREATE UNIQUE")[0], ["table x", "lacks its index", "x_key"]),
     (X.replace("UNIQUE INDEX", "INDEX"), ["lacks its index"]), (X.replace("key IS NOT NULL", "key > 'm'"), ["lacks its index"]),
     (X.replace("(client, key)", "(client, key COLLATE NOCASE)"), ["table x", "lacks its index"]),
@@ -730,9 +832,9 @@ def test_what_fails_in_a_shared_commit_costs_only_itself(store):
 
 def test_who_fails_to_take_its_result_keeps_nobody_elses(store):
     entries, told = [entry(store, "messages", str(n)) for n in range(3)], []
-    for each, then in zip(entries, (lambda: told.append(1), lambda: 1 / 0, lambda: told.append(3)), strict=True):
-        each.then = then
-        store.put(each)
+    for each, changed in zip(entries, (lambda: told.append(1), lambda: 1 / 0, lambda: told.append(3)), strict=True):
+        each.changed = changed
+        store.queue.append(each)
     store.write()
     assert [each.result.first_id for each in entries] == [1, 2, 3]
     assert told == [1, 3]
@@ -746,7 +848,7 @@ def test_who_is_interrupted_while_it_waits_leaves_nothing_in_the_queue(store, mo
         patch.setattr(store.database, "transaction", interrupted)
         with pytest.raises(KeyboardInterrupt):
             append(store, "messages", "1")
-    assert store.queue == []
+    assert not store.queue
     assert append(store, "messages", "2") == 1
 
 
@@ -1063,245 +1165,7 @@ def test_the_database_can_be_read_by_its_owner_only(tmp_path, open_store):
     assert stat.S_IMODE((tmp_path / "inlet.db").stat().st_mode) == 0o640
 
 
-def signed(scheme, secret, body, at=None, ident="d-1"):
-    """The headers with which a sender signs a body, as its documentation has it; at: the time that it signs."""
-    at = str(int(time.time() if at is None else at))
-    if scheme == "standard":
-        key, text = base64.b64decode(secret.removeprefix("whsec_")), f"{ident}.{at}.".encode() + body
-        signature = base64.b64encode(hmac.digest(key, text, "sha256")).decode()
-        return {"Webhook-Id": ident, "Webhook-Timestamp": at, "Webhook-Signature": f"v1,{signature}"}
-    if scheme == "stripe":
-        return {
-            "Stripe-Signature": f"t={at},v1={hmac.digest(secret.encode(), at.encode() + b'.' + body, 'sha256').hex()}"
-        }
-    digest = hmac.digest(secret.encode(), body, "sha256")
-    if scheme == "github":
-        return {"X-GitHub-Delivery": ident, "X-Hub-Signature-256": f"sha256={digest.hex()}"}
-    return {"X-Shopify-Webhook-Id": ident, "X-Shopify-Hmac-Sha256": base64.b64encode(digest).decode()}
-
-
-DELIVERY = b'{"id": "d-1", "n": 1}'
-
-
-@pytest.fixture(params=["standard", "github", "stripe", "shopify"])
-def sender(request, store, command, client):
-    """Sends a body, signed by a client of a scheme that may write to messages; (answer, the headers that it has sent)."""
-    _, secret, _ = command("client", "add", "shop", "--signs", request.param, "--can", "write:messages")
-
-    made = secret.strip()
-
-    def send_it(body=DELIVERY, to="messages", secret=made, change=lambda headers: headers, more=None, **options):
-        headers = change(signed(request.param, secret, body, **options)) | (more or {})
-        return client.post(to, body, Authorization=None, **headers), headers
-
-    send_it.scheme, send_it.secret = request.param, made
-    return send_it
-
-
-def test_a_signed_message_needs_no_token_and_its_delivery_is_its_key(sender, store):
-    answer, _ = sender()
-    assert (answer.status_code, rows(store, "SELECT client, key, body FROM messages")) == (
-        201,
-        [("shop", "d-1", DELIVERY.decode())],
-    )
-    for body in (
-        DELIVERY,
-        DELIVERY.replace(b"1}", b"2}"),
-    ):  # a redelivery: the first body stays, for who can only try again
-        answer, _ = sender(body, at=time.time() + 1)
-        assert (answer.status_code, answer.headers["Idempotent-Replayed"], answer.json["id"]) == (201, "true", 1)
-    assert sender(to="readings")[0].status_code == 403
-    for nothing in (
-        "nothing",
-        "healthz/x",
-        "messages/1",
-        "warm",
-        "metrics",
-    ):  # a stranger learns nothing of what there is
-        assert sender(to=nothing)[0].status_code == 401, nothing
-    packed = gzip.compress(DELIVERY.replace(b"d-1", b"d-2"))
-    assert (
-        sender(packed, ident="d-2", more={"Content-Encoding": "gzip"})[0].status_code == 201
-    )  # it signs what it sends
-    assert rows(store, "SELECT key FROM messages") == [("d-1",), ("d-2",)]
-
-
-def test_a_signature_that_is_not_right_is_401(sender, client, store):
-    name = next(
-        name for name in signed(sender.scheme, sender.secret, b"") if "sig" in name.lower() or "hmac" in name.lower()
-    )
-    made = signed(sender.scheme, sender.secret, DELIVERY)[name]
-    for wrong in (
-        "",
-        "x",
-        "é",
-        "v1,é",
-        "sha256=é",
-        made[:-4],
-        made.swapcase(),
-        made + "0",
-        ",".join(["v1=0"] * 2000),
-        "t=1,v1=0",
-    ):
-        assert sender(change=lambda headers: headers | {name: wrong})[0].status_code == 401, wrong  # noqa: B023
-    assert sender(secret="whsec_" + "A" * 44)[0].status_code == 401
-    headers = signed(sender.scheme, sender.secret, DELIVERY)
-    assert client.post("messages", DELIVERY + b" ", Authorization=None, **headers).status_code == 401
-    assert client.post("messages", DELIVERY, Authorization="Bearer x", **headers).status_code == 401  # the token counts
-    assert client.simulate_get("/messages", headers=headers).status_code == 401
-    if sender.scheme in ("standard", "stripe"):
-        for seconds, status in ((-301, 401), (301, 401), (-290, 201), (290, 201)):
-            assert sender(at=time.time() + seconds)[0].status_code == status, seconds
-    assert len(rows(store, "SELECT * FROM messages")) == (sender.scheme in ("standard", "stripe"))
-
-
-def test_what_names_a_delivery_is_its_key_whatever_it_looks_like(sender, store):
-    """And where a header names it, an id in the body does not."""
-    names = ("a  b", "x" * 300, "order 1")
-    for name in names:
-        body = json.dumps({"id": name}).encode()
-        for replayed in (None, "true"):
-            answer, _ = sender(body, ident=name)
-            assert (answer.status_code, answer.headers.get("Idempotent-Replayed")) == (201, replayed), name
-    headers = {"github": "X-GitHub-Delivery", "shopify": "X-Shopify-Webhook-Id"}
-    if name := headers.get(sender.scheme):
-        for state in (b"1", b"2"):
-            answer, _ = (
-                sender(DELIVERY + state.replace(b"1", b" "), more={name: None})
-                if state == b"1"
-                else sender(DELIVERY, more={name: None})
-            )
-            assert answer.status_code == 201
-        assert rows(store, "SELECT count(*) FROM messages WHERE key IS NULL") == [(2,)]
-    if sender.scheme == "standard":
-        assert sender(more={"Webhook-Id": None})[0].status_code == 401
-
-
-def test_a_batch_of_a_redelivery_says_what_there_is(sender, store):
-    """The first content stays, so that this is what is counted."""
-    if sender.scheme != "stripe":  # for which each line would have to be an event
-        for lines in (b"1\n2\n3", b"4", b"1\n2\n3\n4"):
-            answer, _ = sender(lines, more=in_http(BATCH))
-            assert (answer.json["count"], answer.json["first_id"], answer.json["last_id"]) == (3, 1, 3)
-
-
-def test_another_token_or_secret_has_the_grants_of_its_client(store, command):
-    command("client", "add", "x", "--can", "write:readings")
-    for more in ([], ["--signs", "github"]):
-        assert command("client", "add", "x", *more)[0] == 0
-    assert rows(store, "SELECT DISTINCT can FROM clients WHERE name = 'x'") == [("write:readings",)]
-    digests = [digest for (digest,) in rows(store, "SELECT token FROM clients WHERE name = 'x'")]
-    assert command("client", "remove", "x", digests[0][:10])[0] == 0
-    assert len(rows(store, "SELECT * FROM clients WHERE name = 'x'")) == 2
-
-
-def test_a_table_of_clients_that_something_else_uses_is_left_alone(tmp_path, open_store, command):
-    old = (
-        "CREATE TABLE clients (name TEXT NOT NULL PRIMARY KEY, token TEXT NOT NULL UNIQUE, can TEXT NOT NULL{}) STRICT;"
-    )
-    uses = {
-        "email": (", email TEXT", ""), "table orders": ("", "CREATE TABLE orders (client TEXT REFERENCES clients (name));"),
-        "trigger t": ("", "CREATE TRIGGER t AFTER INSERT ON clients BEGIN SELECT 1; END;"),
-    }  # fmt: skip
-    for words, (column, more) in uses.items():
-        (tmp_path / "inlet.db").unlink(missing_ok=True)
-        with contextlib.closing(sqlite3.connect(tmp_path / "inlet.db", isolation_level=None)) as db:
-            db.executescript(old.format(column) + more)
-        assert words in command("client", "list")[2]
-
-
-def test_a_secret_is_rotated_by_a_second_one(sender, command, client):
-    """Senders that can have two secrets sign with both; of the others either comes alone."""
-    _, other, _ = command("client", "add", "shop", "--signs", sender.scheme, "--can", "write:messages")
-    eventually(lambda: sender(secret=other.strip())[0].status_code == 201, within_s=3)
-    assert sender()[0].status_code == 201
-    assert command("client", "remove", "shop", service.digest_of(f"{sender.scheme} {sender.secret}")[:8])[0] == 0
-    eventually(lambda: sender()[0].status_code == 401, within_s=3)
-    joined = {"standard": ("Webhook-Signature", " "), "stripe": ("Stripe-Signature", ",")}
-    if sender.scheme in joined:
-        (name, separator), at = joined[sender.scheme], time.time()
-        both = [signed(sender.scheme, secret, DELIVERY, at=at) for secret in (sender.secret, other.strip())]
-        headers = both[0] | {name: separator.join(each[name] for each in both)}
-        assert client.post("messages", DELIVERY, Authorization=None, **headers).status_code == 201
-
-
-def test_secrets_that_senders_dictate_come_from_stdin(store, command, monkeypatch, one_line_error):
-    for scheme, secret in (("stripe", "whsec_abcdefgh12345"), ("standard", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(secret + "\n"))
-        assert command("client", "add", scheme, "--signs", scheme, "--secret", "-") == (0, secret + "\n", "")
-        assert command("client", "list")[1].count(f"{scheme}\t{service.digest_of(f'{scheme} {secret}')[:8]}\t20") == 1
-    for scheme, secret in (("standard", "whsec_é"), ("github", "short"), ("shopify", "")):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(secret + "\n"))
-        assert scheme in one_line_error("client", "add", "x", "--signs", scheme, "--secret", "-")
-    assert "--signs" in one_line_error("client", "add", "x", "--signs", "paypal")
-
-
-def test_a_hundred_secrets_take_less_than_two_milliseconds(client, store, command):
-    for _ in range(100):
-        assert command("client", "add", "shop", "--signs", "github")[0] == 0
-    body = json.dumps("x" * 10_000).encode()
-    client.post("messages", body, Authorization=None, **signed("github", "the wrong secret", body))  # reads the clients
-    environ = falcon.testing.create_environ(headers=signed("github", "the wrong secret", body))
-    clients, taken = service.Clients(store), []
-    clients.read()
-    for _ in range(20):
-        started = time.perf_counter()
-        with pytest.raises(service.Problem):
-            clients.signer(environ, body)
-        taken.append(time.perf_counter() - started)
-    assert min(taken) < 0.002  # 0.6 ms, when nothing else runs
-
-
 # Statistics
-
-
-def metrics(client):
-    """The samples of /metrics: name with labels → value."""
-    answer = client.get("/metrics")
-    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    return {
-        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in answer.text.splitlines() if line[0] != "#"
-    }
-
-
-def test_metrics_count_what_was_stored_and_refused(client, store):
-    before = metrics(client)
-    for status in (201, 503, 507):  # an alert needs a zero before the first
-        assert before[f'inlet_requests_total{{stream="messages",status="{status}"}}'] == 0
-    assert before['inlet_messages_total{stream="readings"}'] == 0
-    for body, status in ((READING, 201), (READING, 201), ("{}", 422), ("no", 400)):
-        assert client.post("readings", body).status_code == status
-    client.post("messages", "1\n2\n3", **BATCH)
-    change(store, "DELETE FROM readings")
-    after = metrics(client)
-    assert after['inlet_messages_total{stream="readings"}'] == 2  # also of what was deleted, and in other processes
-    assert after['inlet_messages_total{stream="messages"}'] == 3
-    counted = {"201": 2, "422": 1, "400": 1}
-    for status, count in counted.items():
-        assert after[f'inlet_requests_total{{stream="readings",status="{status}"}}'] == count
-    assert after["inlet_commits_total"] == after["inlet_commit_duration_seconds_count"] == 4
-    assert after["inlet_messages_per_commit_sum"] == 5
-    assert after['inlet_messages_per_commit_bucket{le="+Inf"}'] == 4
-    assert 0 < after["inlet_commit_duration_seconds_sum"] < 4
-    assert after["inlet_database_bytes"] > 0 < after["inlet_wal_bytes"]
-    assert after["inlet_waiting"] == 0
-    assert abs(time.time() - after["process_start_time_seconds"]) < 3600
-    assert after["process_resident_memory_bytes"] > 10_000_000
-
-
-def test_metrics_can_be_read_while_the_database_cannot(client, store):
-    client.post("messages", "1")
-    path = store.database.path
-    path.rename(path.with_suffix(".away"))
-    seen = metrics(client)
-    assert not any(name.startswith("inlet_messages_total") for name in seen)
-    assert (seen["inlet_database_bytes"], seen["inlet_commits_total"]) == (0, 1)
-
-
-def test_metrics_need_a_grant_for_everything(client, store):
-    add_tester(store.database.path, "writer", "w", "write read:messages")
-    assert client.get("/metrics", Authorization="Bearer w").status_code == 403
-    assert client.simulate_get("/metrics").status_code == 401
 
 
 def test_the_log_names_refusals_and_counts_the_rest(store, server):
@@ -1749,64 +1613,6 @@ def test_one_message_can_be_read(client):
         assert (refused.status_code, refused.headers["Content-Type"]) == (404, "application/problem+json"), bad
 
 
-BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
-
-
-def test_a_browser_gets_the_page_and_everybody_else_json(client):
-    page = client.simulate_get("/", headers={"Accept": BROWSER})
-    assert (page.status_code, page.content) == (200, (HERE / "page.html").read_bytes())
-    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert page.headers["X-Content-Type-Options"] == "nosniff"
-    assert page.headers["Referrer-Policy"] == "no-referrer"
-    assert page.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-    policy = dict(rule.split(" ", 1) for rule in page.headers["Content-Security-Policy"].split("; "))
-    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
-    assert policy["script-src"] == policy["style-src"]
-    assert set(policy["script-src"].split()) == {
-        f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
-        for part in re.findall(r"<script>(.*)</script>|<style>(.*)</style>", page.text, re.DOTALL)
-        for part in filter(None, part)
-    }
-    for accept in (
-        "*/*",
-        "application/json",
-        "application/json, text/html;q=0.5",
-        "text/plain",
-        "",
-        BROWSER,
-    ):  # with a token, also to a browser
-        answer = client.get("/", Accept=accept)
-        assert (answer.json["service"], answer.headers["Vary"], page.headers["Vary"]) == ("Inlet", "Accept", "Accept")
-    for method, path in (("GET", "/messages"), ("POST", "/"), ("GET", "/nothing"), ("OPTIONS", "/")):
-        answer = client.simulate_request(method, path, headers={"Accept": BROWSER})
-        assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
-
-
-def test_a_browser_asks_for_the_page_again_only_if_it_has_changed(any_server):
-    with contextlib.closing(any_server.connect()) as connection:
-        _, headers, content = send(connection, "GET", "/", Accept=BROWSER, Authorization="")
-        for method, asked, wanted in (
-            ("GET", "", 200),
-            ("GET", headers["ETag"], 304),
-            ("GET", f"W/{headers['ETag']}", 304),
-            ("HEAD", "", 200),
-        ):
-            status, again, data = send(connection, method, "/", Accept=BROWSER, If_None_Match=asked, Authorization="")
-            assert (status, again["ETag"], data) == (
-                wanted,
-                headers["ETag"],
-                content if (method, wanted) == ("GET", 200) else b"",
-            )
-            assert again["Content-Length"] == (None if wanted == 304 else str(len(content)))
-
-
-def test_without_the_file_there_is_no_page(store, monkeypatch, tmp_path):
-    monkeypatch.setattr(service, "__file__", str(tmp_path / "service.py"))
-    answer = client_of(store).simulate_get("/", headers={"Accept": BROWSER})
-    assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
-    assert client_of(store).get("/", Accept=BROWSER).json["service"] == "Inlet"
-
-
 def test_the_root_says_what_there_is_and_links_honour_the_mount_point(client):
     fields = ["sensor", "value", "lot", "batch", "size", "note"]
     for _ in range(3):
@@ -1863,17 +1669,6 @@ def test_headers_and_lines_that_make_too_much_together_are_refused(open_store):
     answer = client.post("messages", "1\n" * 10_000, X_A="x" * 8000, **BATCH)
     assert (answer.status_code, answer.json["limit"]) == (413, 16 * 1024 * 1024)
     assert client.post("messages", "1\n" * 1000, X_A="x" * 8000, **BATCH).status_code == 201
-
-
-def test_migrate_gives_a_stream_headers_and_old_messages_have_none(client, store, migrate):
-    client.post("readings", READING)
-    assert migrate((READINGS, f", headers TEXT{READINGS}"))[0] == 0
-    with_headers = client_of(
-        service.Store(store.database, service.read_schema(store.database.path.with_name("schema.sql")))
-    )
-    with_headers.post("readings", READING, X_A="1")
-    old, new = with_headers.get("/readings").json["messages"]
-    assert (old["headers"], new["headers"]["x-a"]) == (None, "1")
 
 
 VIEWS = """CREATE VIEW large AS SELECT * FROM messages WHERE body > 2;
@@ -2000,6 +1795,12 @@ def test_pages_of_other_origins_may_use_it_if_they_are_named(server_with, store)
 # Resources: health
 
 
+@pytest.fixture
+def hurried(monkeypatch):
+    """One look in 0.1 s, not in a second."""
+    monkeypatch.setattr(service.HealthResource, "EVERY_S", 0.1)
+
+
 def health(client):
     """The status, without a token."""
     answer = client.simulate_get("/healthz")
@@ -2007,7 +1808,7 @@ def health(client):
     return answer.status_code
 
 
-def test_healthz_tells_within_seconds_what_can_be_done(client, store, tmp_path):
+def test_healthz_tells_within_seconds_what_can_be_done(hurried, client, store, tmp_path):
     assert health(client) == 200
     database, away = store.database.path, tmp_path / "away"
     for break_it, mend_it in (
@@ -2021,7 +1822,7 @@ def test_healthz_tells_within_seconds_what_can_be_done(client, store, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["append", "start"])
-def test_healthz_is_not_misled_for_ever_by_what_fails_once(failing, client, store, monkeypatch):
+def test_healthz_is_not_misled_for_ever_by_what_fails_once(failing, hurried, client, store, monkeypatch):
     def fail(*_):
         raise RuntimeError("can't start new thread")
 
@@ -2031,20 +1832,18 @@ def test_healthz_is_not_misled_for_ever_by_what_fails_once(failing, client, stor
     eventually(lambda: health(client) == 200, within_s=4)
 
 
-def test_healthz_is_200_where_each_commit_takes_more_than_a_second(client, store, monkeypatch):
+def test_healthz_is_200_where_each_commit_takes_longer_than_its_looks(hurried, client, store, monkeypatch):
     write = store.append
-    monkeypatch.setattr(store, "append", lambda each: (time.sleep(1.2), write(each)))
+    monkeypatch.setattr(store, "append", lambda each: (time.sleep(0.3), write(each)))
     assert [health(client), health(client)] == [200, 200]
 
 
-def test_healthz_recovers_from_a_probe_that_cannot_even_log(client, store, monkeypatch):
+def test_healthz_recovers_from_a_lack_of_memory(hurried, client, store, monkeypatch):
     def fail(*_):
         raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "append", fail)
-        patch.setattr(service.log, "error", fail)
-        patch.setattr(threading, "excepthook", lambda _: None)
         assert health(client) == 503
     eventually(lambda: health(client) == 200, within_s=4)
 
@@ -2071,19 +1870,6 @@ def many_at_once(server, count, body="1"):
     for connection in connections:
         connection.request("POST", "/messages", body, AUTHORIZATION | {"Content-Type": "application/json"})
     return connections
-
-
-def test_posts_that_come_together_share_a_commit_and_never_hold_up_a_reader(server, store):
-    """Another process has its turn for a second; what comes meanwhile is written in few COMMITs, deep JSON too."""
-    assert send(server.connect(), "POST", "/messages", "0")[0] == 201
-    with another_process_has_its_turn(store):
-        waiting = many_at_once(server, 100, body="[" * 512 + "]" * 512)
-        for _ in range(10):
-            with within(1):
-                assert send(server.connect(), "GET", "/messages")[0] == 200
-    answers = [connection.getresponse() for connection in waiting]
-    assert {answer.status for answer in answers} == {201}
-    assert len({json.load(answer)["received_at"] for answer in answers}) <= 10
 
 
 def test_32_threads_two_processes_and_deliberate_duplicates(server, server_with, store):
@@ -2194,7 +1980,7 @@ def test_of_two_first_starts_at_once_one_makes_the_client(tmp_path):
 
 def test_a_body_of_exactly_the_limit_is_taken_and_who_sends_more_gets_the_answer(any_server):
     """And not a broken pipe: what is left of the body is read first."""
-    limit = service.Settings.max_body
+    limit, _, _ = service.SETTINGS["max-body"]
     connection, body = any_server.connect(), json.dumps("x" * (limit - 2)).encode()
     for whole in (body, [body[:999], body[999:]]):
         assert send(connection, "POST", "/messages", whole)[0] == 201
@@ -2202,36 +1988,6 @@ def test_a_body_of_exactly_the_limit_is_taken_and_who_sends_more_gets_the_answer
         for token, status in ((TOKEN, 413), ("wrong", 401)):
             answer = send(any_server.connect(), "POST", "/messages", larger, Authorization=f"Bearer {token}")
             assert answer[0] == json.loads(answer[2])["status"] == status
-
-
-def test_clients_that_do_not_read_and_idle_ones_stop_nobody(server_with, store):
-    """Large answers pile up for clients that never read; there is one thread for all that read."""
-    for size in [1_000_000] * 5 + [40_000_000]:
-        append(store, "messages", json.dumps("x" * size))
-    ask = b"GET /messages?after=%d HTTP/1.1\r\n" + FROM_TESTER + b"\r\n"
-    server = server_with("--threads", "1")
-    with contextlib.ExitStack() as stack:
-        sent = [ask % 5 * 2, ask % 0 * 4, *[b""] * 300]
-        large, deaf, *_ = [stack.enter_context(server.socket(data)) for data in sent]
-        for _ in range(10):
-            with within(3):
-                assert send(server.connect(), "GET", "/readings")[0] == 200
-                assert send(server.connect(), "POST", "/readings", READING)[0] == 201
-        for sock, left in ((deaf, 4 * 5_000_000), (large, 80_000_000)):  # and who reads at last gets everything
-            while left > 0:
-                data = sock.recv(2**20)
-                assert data
-                left -= len(data)
-
-
-def test_readers_that_were_abandoned_by_their_clients_stop(server_with, open_store):
-    slow_store(open_store, 4_000)
-    server = server_with("--threads", "1")
-    assert send(server.connect(), "GET", "/messages")[0] == 200
-    for _ in range(2):  # one alone would take READ_TIMEOUT_S
-        server.socket(b"GET /messages?slow=0 HTTP/1.1\r\n" + FROM_TESTER + b"\r\n").close()
-    with within(10):
-        assert send(server.connect(), "GET", "/messages")[0] == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -2252,23 +2008,10 @@ def test_it_ends_with_0_and_answers_what_is_in_flight(number, server, store, tmp
     assert copied(tmp_path / "copy.db") == [1]
 
 
-class Impatient(Process):
-    """A server that waits for a second at its end."""
-
-    program = ("-c", f"import sys; sys.path[0] = {str(HERE)!r}; import service; service.DRAIN_S = 1; service.main()")
-
-
-def test_it_ends_in_time_while_bodies_stall_and_clients_go_on_sending(tmp_path, store):
-    with contextlib.closing(Impatient(tmp_path, "--schema", str(tmp_path / "schema.sql"))) as server:
-        stalled = server.socket(POST + b"Content-Length: 9\r\n\r\nhalf")
-        with stalled, sending(server, "1", count=8) as answers, within(10):
-            eventually(lambda: len(answers) > 50)
-            assert server.terminate() == 0
-
-
 def test_it_listens_on_an_address_that_is_free_and_on_a_unix_socket(server, tmp_path, one_line_error):
-    assert server.address in one_line_error("--listen", server.address)
-    path = tmp_path / "socket"
+    assert server.address in one_line_error("--listen", server.address, "--database", tmp_path / "new.db")
+    assert not (tmp_path / "new.db").exists()  # or nobody would ever see its token
+    path = tmp_path / "a:socket"
     process = Process(tmp_path, "--listen", f"unix:{path}", "--database", str(tmp_path / "other.db"))
     with contextlib.closing(process), socket.socket(socket.AF_UNIX) as sock:
         assert f"--unix-socket {path}" in process.printed(8)
@@ -2281,61 +2024,6 @@ def test_it_listens_on_an_address_that_is_free_and_on_a_unix_socket(server, tmp_
         assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
 
 
-# Repairs of waitress
-
-
-@pytest.mark.parametrize(("request_", "status"), [
-    (GET + b"bad header\r\n" + HOST + b"\r\n", 400), (GET + b"\r\n", 400), (GET + HOST + HOST + b"\r\n", 400),
-    (GET + b"Host: a b\r\n\r\n", 400), (GET + HOST + b"X: \x01\r\n\r\n", 400), (GET + HOST + b"X: a\r\n b\r\n\r\n", 400),
-    (GET + HOST + b"X: a\nY: b\r\n\r\n", 400), (GET + HOST + b"X : a\r\n\r\n", 400), (GET + HOST + b"X: " + b"x" * 20_000, 431),
-    *[(b"GET " + target + b"\r\n" + HOST + b"\r\n", 400) for target in (b"/?\x01 HTTP/1.1", b"/\x7f HTTP/1.1", b"/ HTTP/1.2",
-      b"/  HTTP/1.1", b"http://[::1/x HTTP/1.1", b"healthz HTTP/1.1", b"/healthz")],
-    *[(POST + b"Content-Length: " + length + b"\r\n\r\n1", 400) for length in (b"9" * 5000, b"+1", b"1\r\nContent-Length: 1")],
-    (POST + b"Content-Length: 99999999999\r\n\r\n", 413), (POST + b"Transfer-Encoding: ,\r\n\r\n", 400),
-    *[(POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n1\r\n1\r\n0\r\n\r\n", status) for coding, status in (
-      (b"chunked\r\nContent-Length: 1", 400), (b"chunked\r\nTransfer-Encoding: chunked", 400), (b"gzip", 501), (b"gzip, chunked", 501))],
-    (CHUNKED.replace(b"1.1", b"1.0") + b"1\r\n1\r\n0\r\n\r\n", 400), (CHUNKED + b"1;" + b"x" * 5000 + b"\r\n1\r\n0\r\n\r\n", 400),
-    *[(CHUNKED + line + b"\r\n1\r\n0\r\n\r\n", 400) for line in (b"0x1", b"+1", b"1 x", b"1;\x01", b"", b"1\n", b"1_0")],
-    *[(CHUNKED + b"1\r\n1" + end + b"\r\n\r\n", 400) for end in (b"1\r\n0", b"\r\n0\r\nX: \x01", b"\r\n0\r\nno trailer")],
-], ids=lambda value: value[-60:].decode("latin-1") if isinstance(value, bytes) else None)  # fmt: skip
-def test_what_is_not_http_gets_one_answer_and_the_connection_is_closed(request_, status, any_server):
-    """What two servers could read in two ways must not become a second request."""
-    statuses, received = any_server.answers(request_)
-    head, _, body = received.partition(b"\r\n\r\n")
-    assert statuses == [status] == [json.loads(body)["status"]]
-    assert b"Content-Type: application/problem+json" in head
-
-
-@pytest.mark.parametrize("request_", [
-    b"GET a://" + b"1" * 16_000 + b" HTTP/x\r\n" + HOST + b"\r\n",
-    b"GET /" + b"%" * 16_000 + b"\x01 HTTP/1.1\r\n" + HOST + b"\r\n",
-    *[GET + HOST + b"X" + middle * 16_000 + b"\x01\r\n\r\n" for middle in (b":", b" ", b"\t", b": a", b":\t")],
-], ids=range(7))  # fmt: skip
-def test_no_head_takes_long_to_refuse(request_, any_server):
-    with within(1):
-        assert any_server.answers(request_)[0] == [400 if len(request_) < 16_500 else 431]
-
-
-@pytest.mark.parametrize("value", [b"close", b"TE, close", b"Close ,keep-alive", b"x\r\nConnection: close"])
-def test_connection_is_a_list(value, any_server):
-    first = GET + HOST + b"Connection: keep-alive, TE\r\n\r\n"  # stays open
-    assert any_server.answers(first + GET + HOST + b"Connection: " + value + b"\r\n\r\n")[0] == [200, 200]
-
-
-@pytest.mark.parametrize(("request_", "statuses"), [
-    (POST + b"Expect: 100-Continue\r\nConnection: close\r\nContent-Length: 1\r\n\r\n1", [100, 201]),
-    *[(POST + b"Expect: 100-continue\r\nConnection: close\r\n" + length + b"\r\n", statuses) for length, statuses in (
-      (b"", [411]), (b"Content-Length: 0\r\n", [400]), (b"Content-Length: 999999999\r\n", [413]))],
-    (POST.replace(TOKEN.encode(), b"x") + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n", [401]),
-    (POST.replace(b"1.1", b"1.0") + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n1", [201]),
-    (POST + b"bad header\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n", [400]),
-    (POST + b"Expect: 100-continue\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n", [400]),
-    (GET + HOST + b"Expect: 100-continue\r\nConnection: close\r\n\r\n", [200]),
-], ids=range(9))  # fmt: skip
-def test_100_continue_is_said_to_whom_it_is_meant(request_, statuses, any_server):
-    assert any_server.answers(request_)[0] == statuses
-
-
 def test_pipelined_requests_are_answered_in_order(server):
     requests = [POST + b"Content-Length: %d\r\n\r\n%d" % (len(str(n)), n) for n in range(20)]
     requests.append(POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n2;x=y\r\n20\r\n0\r\nX: y\r\n\r\n")
@@ -2346,169 +2034,6 @@ def test_pipelined_requests_are_answered_in_order(server):
 
 
 # migrate and backup
-
-
-@pytest.fixture
-def migrate(command, tmp_path):
-    """Changes schema.sql and runs migrate: (status, stdout, stderr)."""
-
-    def run_it(*changes, sql=SCHEMA):
-        for old, new in changes:
-            assert old in sql
-            sql = sql.replace(old, new)
-        (tmp_path / "schema.sql").write_text(sql)
-        return command("migrate")
-
-    return run_it
-
-
-def test_migrate_recomputes_everything_but_the_messages(client, store, migrate):
-    for n in range(30):
-        client.post("readings", reading(value=n, note=f"n{n}", colour="red"), Idempotency_Key=f"k{n}")
-    change(store, "DELETE FROM readings WHERE id IN (7, 30)")
-    messages = rows(store, "SELECT id, received_at, client, key, body FROM readings")
-    changes = [
-        ("batch TEXT AS (body ->> 'batch'),", "colour TEXT AS (body ->> 'colour') CHECK (colour = 'red'),"),
-        ('CREATE UNIQUE INDEX "one reading for each batch" ON readings (batch)', "CREATE INDEX by_note ON readings (note)"),
-        ("value > 20", "value > 10"), ("mondays", "tuesdays"), ("'b-4'", "'b-5'"),
-    ]  # fmt: skip
-    status, printed, errors = migrate(*changes)
-    assert (status, errors) == (0, "")
-    for words in ("readings has changed", "index by_note is new", "index one reading for each batch", "view warm"):
-        assert words in printed, words
-    assert rows(store, "SELECT id, received_at, client, key, body FROM readings") == messages
-    assert set(rows(store, "SELECT colour FROM readings")) == {("red",)}
-    assert rows(store, "SELECT * FROM counts") == [("a-17", 30)]  # triggers do not run again
-    assert len(rows(store, "SELECT * FROM sensors")) == 3
-    status, printed, errors = migrate(*changes)
-    assert (status, errors, printed[:20]) == (0, "", "no table had changed")
-
-
-def test_migrate_says_which_messages_break_a_new_rule_and_changes_nothing(client, store, migrate):
-    for n in range(60):
-        client.post("readings", json.dumps({"sensor": "a-17", "value": n, "note": f"n{n % 55}"}))
-    for body in "112":
-        client.post("messages", body)
-    before = store_as_it_is(store)
-    status, _, errors = migrate(
-        ('"value must be between -90 and 60" CHECK (value BETWEEN -90 AND 60)', '"not so warm" CHECK (value < 5 OR value > 7)'),
-        ('"one reading for each batch" ON readings (batch)', '"one note each" ON readings (note)'),
-        ("CREATE VIEW", 'CREATE UNIQUE INDEX "no doubles" ON messages (body);\nCREATE VIEW'),
-    )  # fmt: skip
-    assert status == 1
-    assert "3 broke 'not so warm': ids 6, 7, 8\n" in errors
-    assert "5 broke 'one note each': ids 56, 57, 58, 59, 60\n" in errors
-    assert "1 broke 'no doubles': ids 2\n" in errors
-    status, _, errors = migrate((" TEXT AS (body ->> 'note')", " TEXT AS (body ->> 'note') REFERENCES sensors (name)"))
-    assert status == 1
-    assert "60 broke 'FOREIGN KEY to sensors': ids 1, 2, 3" in errors
-    assert "and 40 more" in errors
-    assert store_as_it_is(store) == before
-    assert client.post("readings", READING).status_code == 201
-
-
-def store_as_it_is(store):
-    tables = ("sqlite_schema", "messages", "readings", "sensors", "counts", "sqlite_sequence")
-    return [rows(store, f"SELECT rowid, * FROM {table}") for table in tables]
-
-
-def test_migrate_never_drops_a_stream_with_messages_and_never_uses_an_id_again(store, migrate, open_store):
-    for n in range(3):
-        append(store, "messages", str(n))
-    status, _, errors = migrate((stream_sql("messages"), ""))
-    assert status == 2
-    assert "messages is not in the schema and holds 3 messages" in errors
-    change(store, "DELETE FROM messages")
-    assert migrate((stream_sql("messages"), ""))[0] == 0
-    assert migrate()[0] == 0
-    assert append(open_store(), "messages", "1") == 4
-
-
-T = X + "CREATE TABLE t "
-V = X + "CREATE VIEW v AS SELECT {0} AS a; CREATE TRIGGER i INSTEAD OF INSERT ON v BEGIN SELECT {0}; END;"
-DOCS = "CREATE TABLE docs (t TEXT{}); CREATE VIRTUAL TABLE found USING fts5 (t, content=docs);"
-# schema.sql before and after; what is done between; what is asked then, and the answer, or the words of the refusal.
-MIGRATIONS = {
-    "what others refer to": (
-        SCHEMA, SCHEMA.replace("sensors (name TEXT PRIMARY KEY)", "sensors (Name TEXT PRIMARY KEY, place TEXT)")
-        .replace("sensors VALUES", "sensors (name) VALUES"), "",
-        "SELECT *, (SELECT count(*) FROM sqlite_schema WHERE sql LIKE '%before migrate%') FROM sensors",
-        [("a-17", None, 0), ("b-4", None, 0)]),
-    "a column with data": (T + "(n);", T + "(m);", "INSERT INTO t VALUES (3)", "SELECT n FROM t", "table t: .*column n .*data"),
-    "a column without data": (T + "(a, n);", T + "(a, m);", "INSERT INTO t VALUES (3, NULL)", "SELECT * FROM t", [(3, None)]),
-    "a column that is not ASCII": (
-        T + '("Öffnung", a);', T + '("Öffnung", A, b);', "INSERT INTO t VALUES (1, 2)", 'SELECT "Öffnung", a FROM t', [(1, 2)]),
-    "another letter that is not ASCII": (
-        T + '("Öffnung");', T + '("öffnung");', "INSERT INTO t VALUES (1)", 'SELECT "Öffnung" FROM t', "column Öffnung .*data"),
-    "the case of everything": (
-        X + "CREATE TABLE T (A); CREATE VIEW V AS SELECT A FROM T;",
-        X.replace("x_key", "X_key").replace(" x ", " X ") + "CREATE TABLE t (a); CREATE VIEW v AS SELECT a FROM t;",
-        "INSERT INTO T VALUES (1); INSERT INTO x (received_at, client, body) VALUES ('t', 'c', 1)", "SELECT v.a, x.id FROM v, x", [(1, 1)]),
-    "the case of what has changed": (
-        X + "CREATE TABLE T (A, B); CREATE VIEW V AS SELECT A FROM T;", X + "CREATE TABLE t (a, b, c); CREATE VIEW v AS SELECT b FROM t;",
-        "INSERT INTO T VALUES (1, 2)", "SELECT v.*, t.a FROM v, t", [(2, 1)]),
-    "rowids of a lookup table": (
-        X + DOCS.format(""), X + DOCS.format(", more TEXT"), "INSERT INTO docs (rowid, t) VALUES (3, 'a'), (7, 'needle'), (9, 'z');"
-        " INSERT INTO found (found) VALUES ('rebuild')", "SELECT rowid, t FROM found WHERE found MATCH 'needle'", [(7, "needle")]),
-    "rowids of a table with columns of such names": (
-        T + "(oid, rowid TEXT);", T + "(oid, rowid TEXT, b);", "INSERT INTO t (_rowid_, oid, rowid) VALUES (5, 1, 'x')",
-        "SELECT _rowid_, oid, rowid FROM t", [(5, 1, "x")]),
-    "a table without rowids": (
-        T + "(a PRIMARY KEY) WITHOUT ROWID;", T + "(a PRIMARY KEY, b);", "INSERT INTO t VALUES ('k')", "SELECT a FROM t", [("k",)]),
-    "an INSTEAD OF trigger that has left": (
-        V.format(1), V.format(1).partition("CREATE TRIGGER")[0], "", "SELECT count(*) FROM sqlite_schema WHERE type = 'trigger'", [(0,)]),
-    "a view and its trigger that have changed": (
-        V.format(1), V.format(2), "", "SELECT a, (SELECT sql LIKE '%SELECT 2%' FROM sqlite_schema WHERE name = 'i') FROM v", [(2, 1)]),
-    "a trigger and an index that have left": (
-        X + "CREATE TRIGGER i AFTER INSERT ON X BEGIN SELECT 1; END; CREATE INDEX j ON x (body);", X, "",
-        "SELECT count(*) FROM sqlite_schema WHERE name IN ('i', 'j')", [(0,)]),
-    "a generated column that becomes an ordinary one": (
-        T + "(a, b AS (a + 1));", T + "(a, b);", "INSERT INTO t VALUES (1)", "SELECT a, b FROM t", [(1, 2)]),
-    "an ordinary column that becomes a generated one": (
-        T + "(a, b);", T + "(a, b AS (a + 1));", "INSERT INTO t VALUES (1, 5)", "SELECT b FROM t", "table t: .*column b .*data"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("before", "after", "done", "question", "answer"), MIGRATIONS.values(), ids=MIGRATIONS)
-def test_migrate_keeps(before, after, done, question, answer, open_store, migrate):
-    store = open_store(before)
-    change(store, done)
-    was = rows(store, question)
-    status, _, errors = migrate(sql=after)
-    if isinstance(answer, str):
-        assert (status, rows(store, question)) == (2, was)
-        assert re.search(answer, errors)
-    else:
-        assert (status, rows(store, question)) == (0, answer), errors
-        open_store(after)  # finds no difference
-
-
-def test_migrate_works_beside_a_running_server(server, store, migrate):
-    with sending(server, READING, "readings") as answers:
-        eventually(lambda: len(answers) > 200)
-        assert migrate(("value BETWEEN -90 AND 60", "value BETWEEN -90 AND 61"))[0] == 0
-        count = len(answers)
-        eventually(lambda: len(answers) > count + 50)
-    assert {status for status, _ in answers} == {201}
-    assert [row[0] for row in rows(store)] == [message_id for _, message_id in answers]
-
-
-def test_a_migration_waits_for_its_turn_and_if_it_is_killed_leaves_everything_as_it_was(store, tmp_path):
-    change(store, MANY.format(100_000, 1))
-    changed = SCHEMA.replace(stream_sql("messages"), stream_sql("messages", ", n INTEGER AS (body ->> 'n')"))
-    (tmp_path / "schema.sql").write_text(changed)
-    question = "SELECT count(*), max(id), sum({}) FROM messages"
-    with another_process_has_its_turn(store), start(tmp_path, "migrate") as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        process.kill()
-    for delay in (0.3, 0.45, 0.6):
-        with start(tmp_path, "migrate") as process:
-            time.sleep(delay)
-            process.kill()
-        assert rows(store, question.format("body ->> 'n'")) == [(100_000, 100_000, 5_000_050_000)]
-    assert run(tmp_path, "migrate").returncode == 0
-    assert rows(store, question.format("n")) == [(100_000, 100_000, 5_000_050_000)]
 
 
 def copied(path):
@@ -2537,6 +2062,9 @@ def test_a_backup_replaces_a_file_only_if_told_to(store, one_line_error, command
     assert target.read_bytes() == b"the old one"
     assert command("backup", target, "--replace") == (0, "", "")
     assert copied(target) == [1]
+    alone = tmp_path / "alone.db"
+    alone.write_bytes(target.read_bytes())
+    assert "itself" in one_line_error("backup", alone, "--replace", "--database", alone)
 
 
 @pytest.mark.parametrize(("target", "words"), [

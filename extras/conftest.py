@@ -1,0 +1,5 @@
+"""The fixtures of test_service.py, for the tests of the extras."""
+
+from test_service import any_server, client, command, one_line_error, open_store, server, server_with, store
+
+__all__ = ["any_server", "client", "command", "one_line_error", "open_store", "server", "server_with", "store"]
