@@ -47,6 +47,12 @@ def database(folder: Path, schema: str = SCHEMA) -> Path:
     return path
 
 
+def sql(path: Path, *statements: str) -> list:
+    """Run SQL on a database by hand; the rows of the last statement."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        return [db.execute(statement).fetchall() for statement in statements][-1]
+
+
 def press(address: str, seconds: float, connections: int = 8) -> int:
     """Send messages as fast as it goes, on several connections; how many were taken."""
     until = time.monotonic() + seconds
@@ -65,10 +71,10 @@ def press(address: str, seconds: float, connections: int = 8) -> int:
 
 @contextlib.contextmanager
 def held(path: Path):
-    """Hold the lock that the processes share who write to a database."""
+    """Hold the lock that the processes share who write to a database; yields its file."""
     with open(f"{path}-lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
 
 
 def wait_until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S) -> None:
@@ -93,14 +99,15 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 class Server(Process):
-    """A server to hurt; wrapper is a command in front of it, such as strace."""
+    """A server to hurt, our own and not waitress; wrapper is a command in front of it, such as strace."""
 
     started: ClassVar[list["Server"]] = []  # those that run; conftest.py ends what a failed test has left
 
     def __init__(self, folder: Path, *arguments: str, wrapper: tuple[str, ...] = (), **environ: str):
         self.wrapper = wrapper
         self.started.append(self)
-        super().__init__(folder, "--schema", str(folder / "schema.sql"), *arguments, environ=environ)
+        flags = ("--schema", str(folder / "schema.sql"), "--server", "loop")
+        super().__init__(folder, *flags, *arguments, environ=environ)
 
     def start(self):
         real = subprocess.Popen
@@ -215,7 +222,7 @@ def failing(server: Server, *inject: str):
 class Ledger:
     """Sends messages from several threads, and knows of each what it was told."""
 
-    def __init__(self, connect, path="/messages", size=60, chosen=None):
+    def __init__(self, connect, path="/messages", size=60, chosen=None, first=1):
         self.connect = connect
         self.path = path
         self.size = size
@@ -227,7 +234,7 @@ class Ledger:
         self.unanswered_keys: dict[str, bytes] = {}
         self.statuses: Counter = Counter()
         self.taken_at: list[float] = []  # the moments of each 201
-        self._count = 0
+        self._count = first - 1  # of the messages; each has its number in it
         self._lock = threading.Lock()
 
     def post(self, body: bytes, key: str | None = None, connection=None):
@@ -307,7 +314,7 @@ class Ledger:
     def must_answer(self, within_s: float = DEADLINE_S) -> None:
         """The service takes messages again, by itself."""
         deadline = time.monotonic() + within_s
-        while self.send() != 201:
+        while self.send(until=lambda: time.monotonic() > deadline) != 201:
             assert time.monotonic() < deadline, "the service did not recover"
             time.sleep(0.05)
 

@@ -1,10 +1,12 @@
 """A process that embeds service:application, and forks while its threads write and read. Run by test_neighbours.py.
 
-Each child writes, reads and ends; what it found is its exit status. Arguments: the number of children, a token.
+Each child is refused, and ends; whether it was is its exit status. Arguments: the number of children, a token. The last
+line that is printed has the ids that the parent was told.
 """
 
 import gc
 import itertools
+import json
 import os
 import signal
 import sys
@@ -20,34 +22,38 @@ WRITERS, READERS = 4, 4
 
 
 class Client:
-    """Calls the application, and counts what worked."""
+    """Calls the application, and counts the answers that are as they should be."""
 
-    def __init__(self, token: str):
+    def __init__(self, token: str, post_status: int = 201, get_status: int = 200):
         self._app = falcon.testing.TestClient(service.application)
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        self.done = itertools.count()
+        self._post_status, self._get_status = post_status, get_status
+        self._done = itertools.count(1)
         self.count = 0
+        self.ids: list[int] = []
 
     def post(self) -> None:
         answer = self._app.simulate_post("/messages", body="1", headers=self._headers)
-        self._note(answer, 201)
+        self._note(answer, self._post_status)
+        if answer.status_code == 201:
+            self.ids.append(answer.json["id"])
 
     def get(self) -> None:
-        self._note(self._app.simulate_get("/messages?limit=20", headers=self._headers), 200)
+        self._note(self._app.simulate_get("/messages?limit=20", headers=self._headers), self._get_status)
 
     def _note(self, answer, wanted: int) -> None:
         if answer.status_code != wanted:
             raise AssertionError(f"{answer.status_code} {answer.text}")
-        self.count = next(self.done)
+        self.count = next(self._done)
 
 
-def child(number: int, token: str) -> int:
-    client = Client(token)
+def child(token: str) -> int:
+    client = Client(token, 503, 503)
     for _ in range(5):
         client.post()
         client.get()
     gc.collect()
-    return 0
+    return int(client.count != 10)
 
 
 def main(children: int, token: str) -> int:
@@ -68,7 +74,7 @@ def main(children: int, token: str) -> int:
         if pid == 0:
             status = 1
             try:
-                status = child(number, token)
+                status = child(token)
             finally:
                 # As gunicorn's workers end; the others end at once, as those of uWSGI.
                 sys.exit(status) if number % 2 else os._exit(status)
@@ -82,7 +88,8 @@ def main(children: int, token: str) -> int:
             failed[number] = status
     for thread in threads:
         thread.join(DEADLINE_S)
-    print(f"of {children} children failed: {failed}" if failed else f"{children} children worked")
+    print(f"of {children} children failed: {failed}" if failed else f"{children} children were refused")
+    print(json.dumps(client.ids))
     return int(bool(failed) or any(thread.is_alive() for thread in threads))
 
 

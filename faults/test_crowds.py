@@ -302,10 +302,17 @@ def test_crowds_that_ask_whether_it_is_ready_share_one_write(tmp_path):
 
 
 def test_a_server_with_two_addresses_ends_well_while_clients_come(tmp_path):
-    """A new connection can get the descriptor of the listener that was closed; each close takes 0.3 s here."""
+    """A new connection can get the descriptor of the listener that was closed; each close takes 0.3 s here.
+
+    A name has two addresses in the /etc/hosts that only the server sees.
+    """
     database(tmp_path)
     port = free_port()
-    server = Server(tmp_path, "--listen", f"127.0.0.1:{port} 127.0.0.2:{port}")
+    (tmp_path / "hosts").write_text("127.0.0.1 two.example\n127.0.0.2 two.example\n")
+    its_hosts = ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" /etc/hosts; exec "$@"', str(tmp_path / "hosts"))
+    server = Server(tmp_path, "--listen", f"two.example:{port}", wrapper=its_hosts)
+    for host in ("127.0.0.1", "127.0.0.2"):
+        socket.create_connection((host, port), DEADLINE_S).close()
     stop = threading.Event()
 
     def come():
@@ -314,7 +321,7 @@ def test_a_server_with_two_addresses_ends_well_while_clients_come(tmp_path):
             for host in ("127.0.0.1", "127.0.0.2"):
                 with contextlib.suppress(OSError):
                     kept.append(socket.create_connection((host, port), 1))
-            time.sleep(0.02)
+            time.sleep(0.1)  # at its end, it closes each of them
 
     thread = threading.Thread(target=come)
     try:

@@ -20,6 +20,8 @@ from deployed import BIN, DEPLOY, adapted, free_port, nginx, running
 import service
 from test_service import DEADLINE_S, HERE, run, send
 
+SETTINGS = {service.variable(name) for name in service.SETTINGS}  # as environment variables
+
 
 def contract(address, path, prefix="", processes=1, log=None, keep_alive=True):
     """What a client may count on, whatever stands between it and the service."""
@@ -56,7 +58,7 @@ def contract(address, path, prefix="", processes=1, log=None, keep_alive=True):
     assert headers["Link"] == f'<{prefix}/messages?after=1&limit=1>; rel="next"'
     assert json.loads(ask("GET", "/")[2])["streams"]["messages"]["href"] == f"{prefix}/messages"
 
-    large = json.dumps("x" * (service.Settings.max_body - 2)).encode()
+    large = json.dumps("x" * (service.parser().parse_args([]).max_body - 2)).encode()
     status, headers, data = ask("POST", "/messages", large)
     assert status == 201
     route = headers["Location"].removeprefix(prefix)
@@ -281,7 +283,7 @@ def test_the_systemd_unit(tmp_path):
         line.removeprefix("Environment=").split("=", 1) for line in unit.splitlines() if line.startswith("Environment=")
     )
     start = next(line.removeprefix("ExecStart=").split() for line in unit.splitlines() if line.startswith("ExecStart="))
-    assert set(environ) <= {f"INLET_{name.upper()}" for name in service.Settings.__dataclass_fields__}
+    assert set(environ) <= SETTINGS
     path, port = database(tmp_path), free_port()
     user = pwd.getpwnam("nobody")
     for folder in (tmp_path, *tmp_path.parents[:2]):
@@ -291,6 +293,7 @@ def test_the_systemd_unit(tmp_path):
     copy = tmp_path / "srv"
     copy.mkdir()
     shutil.copy(HERE / "service.py", copy)
+    shutil.copytree(HERE / "extras", copy / "extras", ignore=shutil.ignore_patterns("*test*", "__pycache__"))
     assert [Path(word).name for word in start] == ["python", "service.py"]
     environ |= {
         "INLET_DATABASE": str(path),
@@ -349,7 +352,5 @@ def test_the_set_ups_name_nothing_that_is_not_there():
         if file.is_file():
             for word in file.read_text().replace("=", " ").split():
                 if word.startswith("INLET_"):
-                    assert (
-                        word.rstrip("\"',:)").removeprefix("INLET_").lower() in service.Settings.__dataclass_fields__
-                    ), (file, word)
+                    assert word.rstrip("\"',:)") in SETTINGS, (file, word)
     assert "inlet.db" in (DEPLOY / "litestream.yml").read_text()

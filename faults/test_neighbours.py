@@ -1,6 +1,7 @@
 """Other processes, other hands on the files, and another clock."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from common import SCHEMA, Ledger, Server, at_once, database, failing, held, press, seed, strace, wait_until
+from common import SCHEMA, Ledger, Server, at_once, database, failing, held, press, seed, sql, strace, wait_until
 
 import service
 from test_service import DEADLINE_S, HERE, TOKEN, run, send, stream_sql
@@ -128,32 +129,133 @@ def test_a_database_that_is_taken_away_and_comes_back(tmp_path):
     ledger.check(path)
 
 
-def test_a_database_that_is_replaced_by_its_backup_under_the_running_service(tmp_path):
-    """What came after the backup goes with the old file, by the owner's hand; what comes later is in the new one."""
-    path = database(tmp_path)
-    server = Server(tmp_path)
-    before, between, after = (Ledger(lambda: server.connect(), chosen=seed()) for _ in range(3))
+def siblings(tmp_path, number, schema=SCHEMA, **more):
+    """The path of a database, and servers that share it."""
+    path, servers = database(tmp_path, schema), []
+    for n in range(number):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "schema.sql").write_text(schema)
+        servers.append(Server(folder, "--database", str(path), **more))
+    return path, servers
+
+
+def lost(path, *ledgers):
+    """What these were told is there, and is not."""
+    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+    bodies = dict(sql(path, "SELECT id, CAST(body AS BLOB) FROM messages"))
+    return [i for told in ledgers for i, body in told.acknowledged.items() if bodies.get(i) != body]
+
+
+@pytest.mark.parametrize("files", ["the WAL and the -shm are removed", "the WAL and the -shm are left in place"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_database_that_is_replaced_by_its_backup_under_the_running_service(processes, files, tmp_path):
+    """What came after the backup goes with the old file, by the owner's hand; what is sent later is in the new one."""
+    path, servers = siblings(tmp_path, processes)
+    chosen = seed()
+    before, between, after = (
+        Ledger(lambda: chosen.choice(servers).connect(), chosen=chosen, first=first) for first in (1, 10**6, 2 * 10**6)
+    )
     with before.sending(4):
         time.sleep(0.5)
     service.backup(service.Database(path), tmp_path / "copy")
     with between.sending(4):
-        time.sleep(0.5)
-    os.rename(path, tmp_path / "original")
-    for name in ("wal", "shm"):
-        os.unlink(f"{path}-{name}")
+        wait_until(lambda: len(between.acknowledged) > 50, "nothing is taken")
+    os.link(path, tmp_path / "original")
+    if files == "the WAL and the -shm are removed":
+        for name in ("wal", "shm"):
+            os.unlink(f"{path}-{name}")
     os.rename(tmp_path / "copy", path)
-    time.sleep(1.2)
     with after.sending(4):
-        time.sleep(0.5)
+        wait_until(lambda: len(after.acknowledged) > 100, f"{after.statuses}")
     after.must_answer()
+    for server in servers:
+        Ledger(server.connect, chosen=chosen, first=3 * 10**6).must_answer()
+        assert server.end() == 0
+        assert "removed or replaced" in server.log
+        assert "Traceback" not in server.log
+    assert not (missing := lost(path, before, after)), missing[:10]
+    strangers = sql(path, "SELECT count(*) FROM messages WHERE body ->> 'n' >= 1e6 AND body ->> 'n' < 2e6")
+    assert strangers == [(0,)], "what was sent before the restore is in the new file"
+    aside = tmp_path / "inlet.db-wal.of-replaced"
+    assert aside.exists() == (files == "the WAL and the -shm are left in place")
+    if aside.exists():  # with it, the old database is whole
+        aside.rename(tmp_path / "original-wal")
+        assert not (missing := lost(tmp_path / "original", before, between)), missing[:10]
+
+
+SLOW_VIEW = """
+    CREATE VIEW slow AS WITH RECURSIVE n (i) AS (SELECT count(*) FROM messages UNION ALL SELECT i + 1 FROM n)
+    SELECT count(*) AS n FROM n;"""
+
+
+@pytest.mark.parametrize("wal", ["is empty", "has messages"])
+@pytest.mark.parametrize("kind", ["the one that reads has not written yet", "the one that reads is slow"])
+def test_who_reads_right_after_a_restore_spoils_nothing(kind, wal, tmp_path):
+    """In the new database, and beside the WAL and the -shm of the old one, which another process puts aside then."""
+    path, (first, second) = siblings(tmp_path, 2, SCHEMA + SLOW_VIEW)
+    before, after = (Ledger(lambda: first.connect(), chosen=seed(), first=number) for number in (1, 10**6))
+    others = Ledger(lambda: second.connect(), chosen=before.chosen, first=2 * 10**6)
+    is_slow = kind == "the one that reads is slow"
+    for _ in range(20):
+        before.must_answer()
+    if is_slow:
+        others.must_answer()
+    service.backup(service.Database(path), tmp_path / "copy")
+    if wal == "is empty":
+        sql(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    assert send(second.connect(), "GET", "/messages")[0] == 200
+    os.rename(tmp_path / "copy", path)
+    reading = threading.Thread(target=lambda: send(second.connect(), "GET", "/slow" if is_slow else "/messages"))
+    used = second.processor_time()
+    reading.start()
+    if is_slow:
+        wait_until(lambda: second.processor_time() > used + 20 or not reading.is_alive(), "nobody reads")
+    else:
+        reading.join()
+    for _ in range(20):
+        after.must_answer()
+        others.must_answer()
+    reading.join()
+    ids = [*after.acknowledged, *others.acknowledged]
+    assert len(ids) == len(set(ids)), "two messages have one id"
+    for server in (first, second):
+        assert server.end() == 0
+    assert not (missing := lost(path, before, after, others)), missing[:10]
+
+
+def test_a_feed_never_shows_what_came_after_the_backup_that_was_restored(tmp_path):
+    """Nobody writes between: what is in the WAL that was left in place is not of this database."""
+    path = database(tmp_path)
+    server = Server(tmp_path)
+    ledger = Ledger(server.connect)
+    ledger.must_answer()
+    service.backup(service.Database(path), tmp_path / "copy")
+    for _ in range(5):
+        ledger.must_answer()
+    os.rename(tmp_path / "copy", path)
+    status, _, page = send(server.connect(), "GET", "/messages")
+    assert status == 503 or len(json.loads(page)["messages"]) == 1, page
+    wait_until(lambda: send(server.connect(), "GET", "/messages")[0] == 200, "it cannot be read")
+    assert len(json.loads(send(server.connect(), "GET", "/messages")[2])["messages"]) == 1
     assert server.end() == 0
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        stored = db.execute("SELECT id, CAST(body AS BLOB) FROM messages").fetchall()
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    bodies = dict(stored)
-    for told in (before, after):
-        lost = [i for i, body in told.acknowledged.items() if bodies.get(i) != body]
-        assert not lost, lost[:10]
+
+
+def test_a_wal_that_is_removed_under_two_processes_loses_nothing(tmp_path):
+    """The first that notices saves what is in it; the other one has it open, too."""
+    path, servers = siblings(tmp_path, 2)
+    ledger = Ledger(lambda: chosen.choice(servers).connect(), chosen=(chosen := seed()))
+    with ledger.sending(4):
+        for _ in range(5):
+            taken = len(ledger.acknowledged)
+            wait_until(lambda: len(ledger.acknowledged) > taken + 50, f"{ledger.statuses}")
+            os.unlink(f"{path}-wal")
+    assert set(ledger.statuses) <= {201, 422, 503}
+    for server in servers:
+        Ledger(server.connect, chosen=chosen, first=10**6).must_answer()
+        assert server.end() == 0
+        assert "removed or replaced" in server.log
+    assert not (missing := lost(path, ledger)), missing[:10]
 
 
 def test_a_file_system_that_becomes_read_only(tmp_path):
@@ -214,65 +316,82 @@ def test_a_clock_that_steps_a_year_back_and_forth(tmp_path):
     assert len(years) >= 3, "the clock did not step"
 
 
-def test_prefork_servers_never_share_a_connection(tmp_path):
-    """The module is imported, and even used, before the fork; each child opens files of its own."""
-    path = database(tmp_path)
-    code = """
+def forked(path, code):
+    """Run this code in a process that embeds service:application, and forks; what it has printed."""
+    environ = os.environ | {"INLET_DATABASE": str(path), "INLET_SCHEMA": str(path.with_name("schema.sql"))}
+    command = [sys.executable, "-c", EMBEDDING + code, TOKEN]
+    done = subprocess.run(command, env=environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+EMBEDDING = """
 import os, sys, falcon.testing, service
 def post(n):
     client = falcon.testing.TestClient(service.application)
     headers = {"Authorization": "Bearer " + sys.argv[1], "Content-Type": "application/json"}
     return client.simulate_post("/messages", body=str(n), headers=headers).status_code
-assert post(0) == 201
-children = []
-for child in range(4):
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if all(post(child * 100 + n) == 201 for n in range(50)) else 1)
-    children.append(pid)
-assert all(post(1000 + n) == 201 for n in range(50))
-sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+def fork(work):
+    child = os.fork()
+    if child == 0:
+        os._exit(not work())
+    return child
+def failed(children):
+    return sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 """
-    environ = os.environ | {
-        "INLET_DATABASE": str(path),
-        "INLET_SCHEMA": str(tmp_path / "schema.sql"),
-        "PYTHONPATH": str(HERE),
-    }
-    done = subprocess.run([sys.executable, "-c", code, TOKEN], env=environ, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("SELECT count(*), count(DISTINCT id) FROM messages").fetchone() == (251, 251)
 
 
-def test_forks_of_a_busy_process_neither_hang_nor_fail(tmp_path):
-    """25 children of a process whose threads write and read all the time; each writes, reads and ends."""
+def test_processes_that_forked_before_their_first_request_never_share_a_connection(tmp_path):
+    """The module is imported before the fork; each child opens files of its own."""
+    path = database(tmp_path)
+    done = forked(path, """
+children = [fork(lambda: all(post(child * 100 + n) == 201 for n in range(50))) for child in range(4)]
+assert all(post(1000 + n) == 201 for n in range(50))
+sys.exit(failed(children))
+""")  # fmt: skip
+    assert done.stderr == ""
+    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+    assert sql(path, "SELECT count(*), count(DISTINCT id) FROM messages") == [(250, 250)]
+
+
+def test_a_child_that_was_forked_after_the_first_message_is_refused_and_the_log_says_so(tmp_path):
+    """Its parent goes on, and a child that it has from before that message, too."""
+    path = database(tmp_path)
+    done = forked(path, """
+early, told = os.pipe()
+children = [fork(lambda: os.read(early, 1) and all(post(n) == 201 for n in range(50)))]
+assert post(1000) == 201
+children += [fork(lambda: all(post(n) == 503 for n in range(50))) for _ in range(4)]
+os.write(told, b"!")
+assert all(post(1001 + n) == 201 for n in range(50))
+sys.exit(failed(children))
+""")  # fmt: skip
+    assert set(done.stderr.splitlines()) == {"this process was forked from one that uses the database: start it anew"}
+    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+    assert sql(path, "SELECT count(*), count(DISTINCT id) FROM messages") == [(101, 101)]
+
+
+def test_forks_of_a_busy_process_hang_nowhere_and_lose_nothing(tmp_path):
+    """25 children of a process whose threads write and read all the time; each is refused ten times, and ends."""
     path = database(tmp_path)
     environ = os.environ | {"INLET_DATABASE": str(path), "INLET_SCHEMA": str(tmp_path / "schema.sql")}
     environ["PYTHONPATH"] = str(HERE)
     command = [sys.executable, HERE / "faults" / "forking.py", "25", TOKEN]
-    with open(tmp_path / "forking-log", "w+") as log:
-        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+    printed, log = tmp_path / "forking-printed", tmp_path / "forking-log"
+    with open(printed, "w") as stdout, open(log, "w") as stderr:
+        process = subprocess.Popen(command, env=environ, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
             status = process.wait(90)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and children that hang
-        log.seek(0)
-        assert (status, printed := log.read()) == (0, "25 children worked\n"), printed[-5000:]
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-def siblings(tmp_path, number, **more):
-    """The path of a database, and servers that share it."""
-    path, servers = database(tmp_path), []
-    for n in range(number):
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        (folder / "schema.sql").write_text(SCHEMA)
-        servers.append(Server(folder, "--database", str(path), **more))
-    return path, servers
+    found, ids = printed.read_text().splitlines()
+    assert (status, found) == (0, "25 children were refused"), log.read_text()[-5000:]
+    assert log.read_text().count("was forked") == 250
+    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+    stored = [message_id for (message_id,) in sql(path, "SELECT id FROM messages")]
+    assert len(stored) > 25
+    assert sorted(json.loads(ids)) == stored
 
 
 @pytest.mark.parametrize("disk", ["quick", "slow"])

@@ -1,6 +1,6 @@
-"""page.html in a real Chromium.
+"""extras/page.html in a real Chromium.
 
-Run as a program, it makes the picture for README: PYTHONPATH=. python faults/test_page.py page/page.png
+Run as a program, it makes the picture for README: PYTHONPATH=. python faults/test_page.py extras/page.png
 """
 
 import contextlib
@@ -310,7 +310,7 @@ def test_a_message_is_sent_and_a_refused_one_says_where_and_why(page, server):
         db.execute("BEGIN IMMEDIATE")
         send_it()
         expect(sent).to_contain_text("503: Another program is writing to the database.")
-        expect(page.locator("#health")).to_contain_text("A write takes too long.")
+        expect(page.locator("#health")).to_have_text("No message can be written, or it takes too long.")
         db.execute("ROLLBACK")
     send_it()
     expect(sent).to_contain_text("/3 at 2")
