@@ -2,7 +2,7 @@
 
     python3 bench/stages.py [--seconds 3]
 
-It measures functions of service.py while wrk sends. The clocks themselves take time, so the sum is larger than what a
+It measures functions of service.py and its server while wrk sends. The clocks themselves take time, so the sum is larger than what a
 message takes without them. A stage does not contain the stages that it calls.
 """
 
@@ -23,17 +23,17 @@ from servers import BIND, PYTHON, Peer, raise_descriptor_limit, table, wrk  # no
 # What is measured: the stage, and the functions that belong to it.
 STAGES = {
     "wait for requests, and look which connection has one": ("DefaultSelector.select",),
-    "read from the socket": ("Connection.handle_read",),
-    "parse": ("Connection._parse_input",),
+    "read from the socket": ("Connection._ready",),
+    "parse": ("Connection.next_request",),
     "find the client of the token": ("Clients.authenticate",),
-    "route, and make Falcon's request and response": ("Request.run",),
+    "route, and make Falcon's request and response": ("Connection.run",),
     "check the JSON and make the entry": ("StreamResource.on_post",),
     "lock, look at the files, BEGIN": (),
     "INSERT": ("Database.insert",),
     "COMMIT": (),
     "share the results": ("Store._write_group",),
-    "make the answer": ("Request.entry_changed", "Connection.answer"),
-    "send": ("Connection.handle_write",),
+    "make the answer": ("StreamResource._late_answer", "Connection.answer"),
+    "send": ("Connection._send",),
 }
 
 
@@ -78,7 +78,8 @@ def serve_measured(arguments):
     for stage, names in STAGES.items():
         for name in names:
             owner, method = name.split(".")
-            owner = getattr(service, owner)
+            homes = [service, *map(service.extra, ("loop", "connection"))]
+            owner = next(getattr(home, owner) for home in homes if hasattr(home, owner))
             setattr(owner, method, measured(getattr(owner, method), stage))
     original = service.Database.transaction
 

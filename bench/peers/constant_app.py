@@ -49,6 +49,25 @@ def falcon_app():
 def serve_with_inlet(app):
     import service
 
+    if hasattr(service, "Server"):  # before the server was an extra
+        serve_with_older_inlet(app, service)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, service.STOP_SIGNALS)
+    server = service.extra("loop").Server(
+        app,
+        service.listening_sockets(LISTEN),
+        admit=lambda environ: (1_048_576, None),
+        after_turn=lambda: None,
+        is_probe=lambda path: False,
+        threads=8,
+        prefix="",
+        room=64 * 1024 * 1024,
+        most_connections=4096,
+    )
+    server.run(service.STOP_SIGNALS)
+
+
+def serve_with_older_inlet(app, service):
     # What a Server can be made of; each version takes those that its constructor names. An older one wants a store.
     parts = {
         "app": app,
