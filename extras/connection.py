@@ -60,11 +60,16 @@ class Connection(http1.Connection):
 
     def _watch(self, events: int) -> None:
         """Let the selector tell of these events."""
+        if events and not self._is_open:
+            return
         if events != self._watched:
-            if self._watched:
-                self._server.selector.unregister(self._socket)
-            if events:
-                self._server.selector.register(self._socket, events, self._ready)
+            selector = self._server.selector
+            if not self._watched:
+                selector.register(self._socket, events, self._ready)
+            elif events:
+                selector.modify(self._socket, events, self._ready)
+            else:
+                selector.unregister(self._socket)
             self._watched = events
 
     def _ready(self, events: int) -> None:
@@ -104,7 +109,7 @@ class Connection(http1.Connection):
             self._server.add(self)
         elif self.is_done:
             self.close()
-        elif self.output:  # 100 Continue
+        elif self.output and self.awaits == "body":  # 100 Continue
             self._send()
 
     def _count(self, size: int) -> bool:
@@ -112,10 +117,11 @@ class Connection(http1.Connection):
         if size < SMALL_BYTES and not self._counted:
             return True
         held = self._server.held
-        if abs(size - self._counted) >= SMALL_BYTES or not size:
-            held[self._account] += size - self._counted
-            self._counted = size
-        return held[self._account] <= self._server.room
+        with self._server.held_lock:
+            if abs(size - self._counted) >= SMALL_BYTES or not size:
+                held[self._account] += size - self._counted
+                self._counted = size
+            return held[self._account] <= self._server.room
 
     def _environ(self) -> dict[str, Any]:
         environ = self.request.environ(self._server.prefix, self._address)
@@ -132,7 +138,7 @@ class Connection(http1.Connection):
         self._poll, self.request.body = poll, b""
         return partial(self._server.changed, self)
 
-    def run(self) -> None:
+    def run(self, in_loop: bool = False) -> None:
         """Run the app, unless nobody waits for its answer any more. Any thread may call this."""
         request, returned = self.request, FAILED
         started: list[Any] = []
@@ -156,18 +162,20 @@ class Connection(http1.Connection):
                 log.exception("the app failed")
                 request.keeps_alive, self._poll = False, None
         self._returned = returned
-        if not self._poll or request.method != "POST":  # for a POST, nothing else has run in the loop meanwhile
+        if not (self._poll and in_loop):  # in the loop, nothing else has run meanwhile
             self._server.changed(self)
 
     def answer_if_there(self) -> None:
-        """Send the answer, if the app has returned it, or has it by now."""
+        """Send the answer, if the app has returned it, or has it by now. What the app keeps is counted until then."""
         answer = self._returned
         if answer and self._poll:
             late = self._poll()
             answer = (late[0], late[1] + answer[1], late[2]) if late else None
-        if answer and self._is_open:
-            self._poll = self._returned = None
-            self._count(0)
+        if not answer:
+            return
+        self._poll = self._returned = None
+        self._count(0)
+        if self._is_open:
             self._account = None
             if len(answer[2]) > SMALL_BYTES:
                 self._server.make_room()
@@ -201,9 +209,9 @@ class Connection(http1.Connection):
 
     def close(self) -> None:
         self._is_open = False
-        self._poll = self._returned = None
         self.output.clear()
-        self._count(0)
+        if self.awaits != "answer":
+            self._count(0)
         self._watch(0)
         self._server.connections.discard(self)
         self._socket.close()

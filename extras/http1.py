@@ -20,6 +20,7 @@ from urllib.parse import unquote_to_bytes
 
 MAX_HEAD_BYTES = 16_384  # also of the trailers of a body
 MAX_HEADER_LINES = 100
+LONGEST_KEPT_NAME = 64  # bytes of the name of a header
 MAX_CHUNK_LINE_BYTES = 1024
 FREE_CHUNKS = 1000  # of a body, whatever their size
 MIN_CHUNK_BYTES = 16  # on average, of a body with more chunks: a chunk costs 0.5 µs, and a byte 1 ns
@@ -77,7 +78,7 @@ class Request:
         headers = self.headers
         for line in match[4].split(b"\r\n")[:-1]:
             name, _, value = line.partition(b":")
-            if key := wsgi_name(name):
+            if key := wsgi_name(name) if len(name) <= LONGEST_KEPT_NAME else new_wsgi_name(name):
                 text = value.strip(b" \t").decode("latin-1")
                 headers[key] = f"{headers[key]}, {text}" if key in headers else text
         # " " is no host, so it stands for none in HTTP/1.1; two Hosts have been joined with a comma and a space.
@@ -137,11 +138,13 @@ def members(field: str) -> list[str]:
     return [member.strip(" \t").lower() for member in field.split(",")]
 
 
-@lru_cache(maxsize=1024)
-def wsgi_name(header: bytes) -> str:
+def new_wsgi_name(header: bytes) -> str:
     """Return the name that WSGI has for a header; empty if it has a "_", which stands for "-" there."""
     name = header.decode().upper().replace("-", "_")
     return "" if b"_" in header else name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
+
+
+wsgi_name = lru_cache(maxsize=1024)(new_wsgi_name)
 
 
 class Chunks:
@@ -286,6 +289,9 @@ class Connection:
             lines.append("Connection: close" if closes else "Connection: keep-alive")
         self.output += "\r\n".join([*lines, "", ""]).encode("latin-1")
         self.output += content
+        self.request.body, self._chunks = b"", None  # an idle connection keeps nothing
+        if closes:
+            self._input.clear()
         self.awaits = "end" if closes else "head"
 
     def _read_head(self) -> bool:

@@ -4,9 +4,10 @@ A turn of the loop: read what has come in → run POST A, POST B, POST C: each q
 answer → after_turn(): one COMMIT of A, B and C → send three answers. A thread for each request would cost two
 thread switches a message, and a fight for the GIL at each row.
 
-Threads: one is the loop. Only it touches connections, and it runs the POSTs. GETs have threads of their own, and probes
-one more. Another stands by, because after_turn() can take long: the disk is slow, or somebody holds the lock. When it
-has taken STUCK_S, the thread that stands by becomes the loop; the other one stands by when its write has ended.
+Threads: one is the loop. Only it touches connections, and it runs the POSTs, but for those that may take long to check:
+they have a thread of their own, and so have GETs. Another stands by, because after_turn() can take long: the disk is
+slow, or somebody holds the lock. When it has taken STUCK_S, the thread that stands by becomes the loop; the other one
+stands by when its write has ended.
 
 How a POST gets its answer: the app calls environ["inlet.answer_later"](poll), and gets a function `changed`. Any thread
 calls changed() when there may be an answer, or work for after_turn(). The loop then calls poll(): it returns the
@@ -37,7 +38,7 @@ else:
 
 log = logging.getLogger("inlet")
 
-SMALL_BYTES = 16_384  # a larger body may take long to check
+SMALL_BYTES = 16_384  # a larger body may take long to check: 1 KB of gzip can have a million brackets in it
 UNSENT_BYTES = 64 * 1024 * 1024  # of answers; above it, the client that has not read for longest is closed
 IDLE_S = 120  # after which a connection without a running request is closed
 GATHER_S = 0.010  # the longest that a POST waits for others before after_turn()
@@ -51,7 +52,8 @@ class Server:
 
     admit(environ) is asked when a head has come without the whole of its body: how many bytes may that have, and to
     whose account do they go? room is the limit for the sum of each account. With 0 bytes, the app is run without the
-    body. after_turn() is called at the end of each turn. is_probe(path): does it wait for no other GET?
+    body. after_turn() is called at the end of each turn. lanes: for each kind of GET, how many threads run it, and
+    lane_of(path, query) is the number of its lane, so that slow ones hold up no others.
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class Server:
         listeners: list[socket.socket],
         admit: Callable[[dict[str, Any]], tuple[int, Hashable]],
         after_turn: Callable[[], None],
-        is_probe: Callable[[str], bool],
-        threads: int,
+        lane_of: Callable[[str, str], int],
+        lanes: tuple[int, ...],
         prefix: str,
         room: int,
         most_connections: int,
@@ -73,11 +75,11 @@ class Server:
         self.selector = DefaultSelector()
         self.is_stopping = False
         self.held: Counter[Hashable] = Counter()  # bytes of bodies that are on their way, by account
+        self.held_lock = threading.Lock()
         self._listeners, self._accepts, self._most_connections = listeners, False, most_connections
-        self._after_turn, self._is_probe = after_turn, is_probe
-        self._run_get, self._run_probe = worker_threads(threads), worker_threads(1)
+        self._after_turn, self._lane_of = after_turn, lane_of
+        self._lanes, self._run_slow_post = [worker_threads(number) for number in lanes], worker_threads(1)
         self._posts: deque[Connection] = deque()
-        self._slow_posts: deque[Connection] = deque()  # those that may take long to check
         self._changed: deque[Connection] = deque()  # that may have their answers
         self._waker, woken = socket.socketpair()
         for sock in (self._waker, *listeners):
@@ -105,9 +107,9 @@ class Server:
         """Have a request run that has come whole."""
         request = connection.request
         if request.method != "POST" and not request.refusal:
-            (self._run_probe if self._is_probe(request.path) else self._run_get)(connection.run)
+            self._lanes[self._lane_of(request.path, request.query)](connection.run)
         elif len(request.body) > SMALL_BYTES or "HTTP_CONTENT_ENCODING" in request.headers:
-            self._slow_posts.append(connection)
+            self._run_slow_post(connection.run)
         else:
             self._posts.append(connection)
 
@@ -160,9 +162,7 @@ class Server:
         if self.is_stopping:
             self._drain(now)
         while self._posts and time.monotonic() < now + GATHER_S:
-            self._posts.popleft().run()
-        if self._slow_posts:
-            self._slow_posts.popleft().run()
+            self._posts.popleft().run(in_loop=True)
         self._answer_changed()
         self._write()
 
@@ -172,7 +172,7 @@ class Server:
         A client that has its answer often sends again at once. To sleep and be woken takes longer than that. So for
         AWAKE_S the loop only yields the processor: with one connection, 2,480 messages a second in place of 2,230.
         """
-        busy, awake_until = self._posts or self._slow_posts or self._changed, time.monotonic() + AWAKE_S
+        busy, awake_until = self._posts or self._changed, time.monotonic() + AWAKE_S
         while not (ready := self.selector.select(0)) and not busy and time.monotonic() < awake_until:
             os.sched_yield()
         if not ready and not busy:
@@ -180,7 +180,7 @@ class Server:
         return ready
 
     def _answer_changed(self) -> None:
-        while self._changed:
+        for _ in range(len(self._changed)):  # what comes meanwhile has to wait for a turn, like everything else
             self._changed.popleft().answer_if_there()
 
     def _write(self) -> None:
@@ -224,14 +224,22 @@ class Server:
             time.sleep(0.1)  # or the loop would try without a pause
 
     def _drain(self, now: float) -> None:
-        """Take no more connections, and end when the requests in flight have their answers, or after DRAIN_S."""
+        """Take no more connections, and end when the requests in flight have their answers, or after DRAIN_S.
+
+        For a request whose head is not whole, a second has to do.
+        """
         if not self._drain_until:
             self._drain_until = now + DRAIN_S
             self._watch_listeners()  # before a new connection gets the number of a closed one
             for listener in self._listeners:
                 self._accept(listener)
                 listener.close()
-        elif now > self._drain_until or all(each.is_idle for each in self.connections):
+            return
+        head_is_late = now > self._drain_until - DRAIN_S + 1
+        idle = (
+            each.is_idle or (head_is_late and each.awaits == "head" and not each.output) for each in self.connections
+        )
+        if now > self._drain_until or all(idle):
             self._ended.set()
 
 

@@ -39,7 +39,7 @@ class MetricsResource:
                 "Messages that were stored, by all processes.",
                 [({"stream": name}, last_id) for name, last_id in last_ids.items() if last_id is not None],
             ),
-            *family("inlet_waiting", "gauge", "Messages that wait for a COMMIT.", [({}, len(store.queue))]),
+            *family("inlet_waiting", "gauge", "Requests whose messages wait for a COMMIT.", [({}, len(store.queue))]),
         ]
         for name, size in store.database.sizes().items():
             lines += family(f"inlet_{name}", "gauge", "The bytes of the database, or of its WAL.", [({}, size)])
@@ -57,6 +57,8 @@ class MetricsResource:
             lines += family(f"process_{name}", kind, about_it, [({}, value)])
         resp.content_type = "text/plain; version=0.0.4; charset=utf-8"
         resp.text = "\n".join([*lines, ""])
+
+    on_head = on_get
 
 
 def family(name: str, kind: str, about: str, samples: Samples) -> Iterator[str]:

@@ -16,6 +16,7 @@ from service import (
     Schema,
     SchemaObject,
     SetupError,
+    analyze,
     checkpoint,
     columns_of,
     differences,
@@ -45,8 +46,11 @@ def run(database: Database, schema: Schema) -> int:
             print("\n".join([told, *broken]), file=sys.stderr)
             return 1  # and the connection, when it is closed, rolls back
         db.execute("COMMIT")
+        analyze(db)
         checkpoint(db)
     print("\n".join(changes or ["no table had changed; the INSERTs in the file were run"]))
+    if changes:
+        print("now start the service again: until then it has the old routes and sentences")
     return 0
 
 

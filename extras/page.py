@@ -3,11 +3,12 @@
 import base64
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import falcon
 
-from service import JSON, preferred
+from service import JSON, Problem, preferred
 
 
 def middleware() -> list["Page"]:
@@ -39,8 +40,15 @@ class Page:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         is_asked = "inlet.refusal" not in req.env and req.path == "/" and req.method in ("GET", "HEAD") and not req.auth
-        if is_asked and preferred(req, JSON, "text/html") == "text/html":
+        if is_asked and self._is_preferred(req):
             resp.complete, resp.data = True, self._content
             resp.set_headers(self._headers)
-            if self._etag in req.get_header("If-None-Match", default=""):
+            known = req.get_header("If-None-Match", default="")
+            if self._etag in known or known == "*":
                 resp.status = 304
+
+    @staticmethod
+    def _is_preferred(req: falcon.Request) -> bool:
+        with suppress(Problem):  # the app says so, to who has a token
+            return preferred(req, JSON, "text/html") == "text/html"
+        return False

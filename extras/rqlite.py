@@ -207,6 +207,7 @@ class Cluster:
             self._nodes = [Node(urlsplit(f"{scheme}://{user}{at}{host}")) for host in hosts.split(",")]
         except ValueError:  # without the value, for it can hold a password
             raise SetupError("--database takes http://USER:PASSWORD@HOST:PORT,HOST:PORT,… for a cluster") from None
+        self.opened = 0  # no files are open here that could be replaced
         self._current = 0  # the node that is asked
 
     def __str__(self) -> str:
@@ -286,7 +287,7 @@ class Cluster:
                         results |= dict.fromkeys(group, error)
                     elif len(group) > 1:
                         refused += [[entry] for entry in group]
-                    elif group[0].batch:
+                    elif group[0].lines:
                         results[group[0]] = self._insert_lines(group[0], received_at, db.deadline)
                     else:
                         results[group[0]] = error
@@ -300,7 +301,7 @@ class Cluster:
             answers = self._send("/db/execute?noparse&transaction", statements, deadline)
         except sqlite3.Error as error:
             return error
-        entry.line = len(answers)  # they end at the one that was refused
+        entry.ordinal = len(answers)  # they end at the one that was refused
         last = answers[-1] | {"rows_affected": len(answers)}
         return self._refusal_in(last) or results_of([entry], last, received_at)[entry]
 
@@ -612,7 +613,7 @@ def grouped(entries: list[Entry]) -> list[list[Entry]]:
     """Return groups that one statement can insert: the messages of one stream, or one batch."""
     groups: dict[Any, list[Entry]] = {}
     for entry in entries:
-        alone = entry.batch or not entry.bodies
+        alone = entry.lines or not entry.bodies
         groups.setdefault(entry if alone else entry.stream.name, []).append(entry)
     return list(groups.values())
 

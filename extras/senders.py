@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
-from service import CHALLENGE, KEY, Client, Problem, SetupError, digest_of
+from service import KEY, Client, SetupError, digest_of
 
 SIGNED_WITHIN_S = 300  # for schemes that sign a time
 SHORTEST_SECRET = 8  # bytes
@@ -73,10 +73,15 @@ class Senders:
         """Has a request a signature of a scheme that a client has?"""
         return scheme_of(environ) in self._by_scheme
 
+    def unknown(self, environ: dict[str, Any]) -> str:
+        """Return what the log says of a request that nobody here has signed; empty if it has no signature."""
+        scheme = scheme_of(environ)
+        return f"It is signed ({scheme}), but no client here signs like that." if scheme else ""
+
     def verify(self, environ: dict[str, Any], body: bytes) -> tuple[Client, Callable[[str], str | None]]:
         """Return the client that has signed a body, and a function: the key of the message, from its JSON text.
 
-        Raises Problem 401 if there is none, or, where the scheme signs a time, if that is not of now.
+        Raises ValueError if there is none, or, where the scheme signs a time, if that is not of now.
         """
         name = scheme_of(environ) or ""
         scheme = SCHEMES[name]
@@ -87,15 +92,14 @@ class Senders:
             found = re.search(pattern, environ.get(header, ""), re.ASCII)
             signed_at = found[1] if found else "0"
             if abs(time.time() - int(signed_at)) > SIGNED_WITHIN_S:
-                detail = f"The signature has no time, or one that is not within {SIGNED_WITHIN_S} s of now."
-                raise Problem(401, detail, CHALLENGE)
+                raise ValueError(f"The signature has no time, or one that is not within {SIGNED_WITHIN_S} s of now.")
         signed = scheme.signed_prefix.format(id=delivery, time=signed_at).encode("latin-1") + body
         if given and (delivery or "{id}" not in scheme.signed_prefix):
             for key, client in self._by_scheme.get(name, ()):
                 expected = scheme.encode(hmac.digest(key, signed, "sha256"))
                 if any(hmac.compare_digest(expected, signature) for signature in given[:MOST_SIGNATURES]):
                     return client, partial(key_of_delivery, delivery if scheme.delivery_header else None)
-        raise Problem(401, f"The signature ({name}) is not valid here.", CHALLENGE)
+        raise ValueError(f"The signature ({name}) is not valid here.")
 
 
 def scheme_of(environ: dict[str, Any]) -> str | None:
