@@ -142,7 +142,7 @@ MIGRATIONS = {
     "a table without rowids": (
         T + "(a PRIMARY KEY) WITHOUT ROWID;", T + "(a PRIMARY KEY, b);", "INSERT INTO t VALUES ('k')", "SELECT a FROM t", [("k",)]),
     "an INSTEAD OF trigger that has left": (
-        V.format(1), V.format(1).partition("CREATE TRIGGER")[0], "", "SELECT count(*) FROM sqlite_schema WHERE type = 'trigger'", [(0,)]),
+        V.format(1), V.format(1).partition("CREATE TRIGGER")[0], "", "SELECT count(*) FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = 'v'", [(0,)]),
     "a view and its trigger that have changed": (
         V.format(1), V.format(2), "", "SELECT a, (SELECT sql LIKE '%SELECT 2%' FROM sqlite_schema WHERE name = 'i') FROM v", [(2, 1)]),
     "a trigger and an index that have left": (

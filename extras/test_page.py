@@ -30,7 +30,6 @@ def test_a_browser_gets_the_page_and_everybody_else_json(client):
         "*/*",
         "application/json",
         "application/json, text/html;q=0.5",
-        "text/plain",
         "",
         BROWSER,
     ):  # with a token, also to a browser
@@ -48,6 +47,7 @@ def test_a_browser_asks_for_the_page_again_only_if_it_has_changed(any_server):
             ("GET", "", 200),
             ("GET", headers["ETag"], 304),
             ("GET", f"W/{headers['ETag']}", 304),
+            ("GET", "*", 304),
             ("HEAD", "", 200),
         ):
             status, again, data = send(connection, method, "/", Accept=BROWSER, If_None_Match=asked, Authorization="")
@@ -68,3 +68,8 @@ def test_without_the_file_there_is_no_page(store, monkeypatch, tmp_path):
 
 def test_what_is_refused_gets_no_page(any_server):
     assert any_server.answers(b"GET / HTTP/1.1\r\nAccept: text/html\r\n\r\n")[0] == [400]
+
+
+def test_who_takes_neither_the_page_nor_json_is_told(client):
+    assert client.simulate_get("/", headers={"Accept": "text/plain"}).status_code == 401
+    assert client.get("/", Accept="text/plain").status_code == 406
