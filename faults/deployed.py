@@ -3,11 +3,15 @@
 import contextlib
 import http.client
 import os
+import pwd
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
+
+from common import Server
 
 from test_service import DEADLINE_S, HERE
 
@@ -86,3 +90,99 @@ def nginx(folder: Path, upstream: str, prefix: str = ""):
     command = ["nginx", "-c", folder / "nginx-main.conf", "-e", folder / "nginx-error"]
     with running(command, folder, port, path=f"{prefix}/healthz"):
         yield "127.0.0.1", port
+
+
+def settings(path: Path) -> dict[str, str]:
+    """The environment of a server that serves a database."""
+    return {
+        "INLET_DATABASE": str(path),
+        "INLET_SCHEMA": str(path.with_name("schema.sql")),
+        "PYTHONPATH": f"{HERE}:{DEPLOY}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+@contextlib.contextmanager
+def apache(path: Path, *changes: tuple[str, str]):
+    """Apache with mod_wsgi and deploy/apache.conf, with changes to that file; yields (host, port)."""
+    folder, port, user = path.parent, free_port(), pwd.getpwnam("www-data")
+    site = sysconfig.get_path("purelib")
+    setup = f"import os, sys\nsys.path[:0] = [{str(HERE)!r}, {site!r}]\nos.environ.update({settings(path)!r})\n"
+    adapted("inlet.wsgi", folder, ("import os\n", setup))
+    file = adapted(
+        "apache.conf",
+        folder,
+        ("python-home=/srv/inlet/.venv python-path=/srv/inlet", "user=www-data group=www-data"),
+        ("/srv/inlet/deploy/inlet.wsgi", str(folder / "inlet.wsgi")),
+        ("/srv/inlet/deploy", str(folder)),
+        *changes,
+    )
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)
+    for entry in (folder, *folder.glob("inlet.db*"), folder / "schema.sql"):
+        os.chown(entry, user.pw_uid, user.pw_gid)
+    modules = "/usr/lib/apache2/modules"
+    names = {
+        "mpm_event": "mod_mpm_event",
+        "authz_core": "mod_authz_core",
+        "reqtimeout": "mod_reqtimeout",
+        "wsgi": "mod_wsgi",
+    }
+    load = "\n".join(f"LoadModule {name}_module {modules}/{file}.so" for name, file in names.items())
+    (folder / "apache-main.conf").write_text(
+        f"ServerRoot {folder}\nServerName localhost\nListen 127.0.0.1:{port}\nPidFile {folder}/apache.pid\nUser www-data\nGroup www-data\n"
+        f"ErrorLog {folder}/server-log\n{load}\nWSGISocketPrefix {folder}/wsgi\nInclude {file}\n"
+    )
+    with running(["apache2", "-f", folder / "apache-main.conf", "-DFOREGROUND"], folder, port):
+        yield "127.0.0.1", port
+
+
+@contextlib.contextmanager
+def gunicorn(path: Path):
+    port = free_port()
+    file = adapted("gunicorn.conf.py", path.parent, ("127.0.0.1:8080", f"127.0.0.1:{port}"))
+    with running([BIN / "gunicorn", "-c", file, "service:application"], path.parent, port, settings(path)):
+        yield "127.0.0.1", port
+
+
+@contextlib.contextmanager
+def uwsgi(path: Path):
+    port = free_port()
+    file = adapted("uwsgi.ini", path.parent, ("127.0.0.1:8080", f"127.0.0.1:{port}"))
+    with running([BIN / "uwsgi", "--ini", file], path.parent, port, settings(path)):
+        yield "127.0.0.1", port
+
+
+@contextlib.contextmanager
+def granian(path: Path):
+    port = free_port()
+    file = adapted("granian.sh", path.parent, ("--port 8080", f"--port {port}"))
+    environ = settings(path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    with running(["sh", file], path.parent, port, environ):
+        yield "127.0.0.1", port
+
+
+@contextlib.contextmanager
+def alone(path: Path, *flags: str):
+    """`python service.py`, which has to end well."""
+    server = Server(path.parent, *flags)
+    yield "127.0.0.1", server.port
+    assert server.end() == 0
+
+
+@contextlib.contextmanager
+def behind_nginx(path: Path):
+    with alone(path) as (host, port), nginx(path.parent, f"{host}:{port}") as address:
+        yield address
+
+
+# Each of them serves a database; yields (host, port).
+SERVERS = {
+    "loop": alone,
+    "waitress": lambda path: alone(path, "--server", "waitress"),
+    "gunicorn": gunicorn,
+    "uwsgi": uwsgi,
+    "granian": granian,
+    "apache": apache,
+    "nginx": behind_nginx,
+}

@@ -111,7 +111,7 @@ ELSEWHERE = {
         test_it_ends_with_one_line_if_it_cannot_run_like_this[--database
         test_who_has_its_result_writes_for_nobody_else_before_it_returns
         test_a_message_costs_one_statement_its_token_none_and_a_batch_one_synced_transaction
-        test_a_failing_disk_is_a_5xx_for_all_and_a_keyed_retry_finds_out
+        test_a_failing_disk_is_503_and_a_keyed_retry_finds_out
         test_another_program_that_holds_the_write_lock_is_503
         test_whoever_waits_too_long_is_answered_in_time_and_leaves_nothing
         test_a_symlink_is_the_database_it_leads_to
@@ -120,6 +120,16 @@ ELSEWHERE = {
         test_it_refuses_a_database_in_utf_16_and_one_that_it_may_not_write
         test_a_database_of_before_1_1_keeps_its_clients
         test_the_database_can_be_read_by_its_owner_only
+        test_the_database_knows_which_index_serves_a_filter_best
+        test_its_own_connections_are_in_autocommit_mode_and_spill_into_memory
+        test_a_database_that_is_damaged_says_so
+        test_an_older_database_that_is_put_in_the_place_of_this_one_has_its_clients
+        test_the_clients_are_read_again_only_if_they_have_changed
+        test_a_backup_is_never_put_over_its_own_database
+        test_after_a_restore_a_token_that_is_removed_again_stops
+        test_a_restored_database_with_other_rules_is_not_served
+        test_a_backup_is_whole_also_right_after_a_restore
+        test_a_backup_of_a_damaged_database_is_none
         test_metrics_can_be_read_while_the_database_cannot
         test_healthz_
         test_posts_that_come_together_share_a_commit_and_never_hold_up_a_reader

@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import json
 import random
+import re
 import secrets
 import socket
 import sqlite3
@@ -226,7 +227,7 @@ def settled(server):
 
 
 def test_malformed_framing_never_makes_two_rows_of_one_request(server, entrance):
-    """Never more rows than requests, never a 500, never a hang, and the next client is served as ever."""
+    """Never more rows than requests, never a failure, never a hang, and the next client is served as ever."""
     tried = 0
     for name, data, most in framings():
         before = count(server)
@@ -235,7 +236,7 @@ def test_malformed_framing_never_makes_two_rows_of_one_request(server, entrance)
         assert rows <= most, f"{name}: {rows} rows"
         created = answer.count(b" 201 Created")
         assert rows >= created, f"{name}: {created} were acknowledged, {rows} are there"
-        assert b" 500 " not in answer, name
+        assert not re.search(rb"HTTP/1\.[01] 50[0234] ", answer), name
         tried += 1
     assert send(http.client.HTTPConnection(*entrance, timeout=5), "POST", "/messages", "1")[0] == 201
     print(f"{tried} malformed requests")
@@ -406,7 +407,7 @@ def test_the_time_of_a_refusal_says_nothing_about_the_token(tmp_path):
     store = service.Store(service.Database(path), service.read_schema(tmp_path / "schema.sql"))
     store.open()
     add_tester(path, "x", right, "write")
-    clients = service.Clients(store)
+    clients = service.Clients(store, 10**6)
     clients.authenticate({"HTTP_AUTHORIZATION": f"Bearer {right}"})
     guesses = {"none": "~" * len(right), "half": right[:21] + "~" * (len(right) - 21), "nearly all": right[:-1] + "~"}
     times = {name: [] for name in guesses}
@@ -520,7 +521,7 @@ def test_no_request_whatever_is_an_internal_error(server):
                 continue
             with lock:
                 statuses[answer.status] = statuses.get(answer.status, 0) + 1
-            assert answer.status not in (500, 502), (method, path, headers, body)
+            assert answer.status < 500 or answer.status == 501, (method, path, headers, body)
             if answer.status >= 400 and method != "HEAD":
                 assert json.loads(data)["status"] == answer.status
 
@@ -531,5 +532,5 @@ def test_no_request_whatever_is_an_internal_error(server):
         thread.join()
     print(dict(sorted(statuses.items())))
     assert sum(statuses.values()) > 0.9 * wanted
-    assert not statuses.get(500)
+    assert not [status for status in statuses if status >= 500 and status != 501]
     Ledger(server.connect).must_answer()

@@ -191,7 +191,7 @@ def test_a_thousand_refusals_a_second_do_not_fill_the_log(server, tmp_path):
     with contextlib.closing(server.connect()) as connection:
         send(connection, "POST", "/messages", "no")
     lines = [line for line in server.log.splitlines()[before:] if " INFO " in line]
-    counted = sum(int(line.split()[-3]) for line in lines if line.endswith(" more refusals"))
+    counted = sum(int(line.split()[-4]) for line in lines if line.endswith(" more such lines"))
     named = [line for line in lines if " to 'a\\nb' at '/messages': " in line]
     assert len(named) + counted == 2000
     assert len(named) < 200

@@ -334,3 +334,23 @@ def test_a_server_with_two_addresses_ends_well_while_clients_come(tmp_path):
         thread.join()
         server.kill()
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("name", ["loop", "waitress"])
+def test_clients_that_do_not_read_their_pages_stop_no_writer(name, tmp_path):
+    """All threads of waitress waited for 100 clients with pages of 4 MB that they never read."""
+    database(tmp_path)
+    server = Server(tmp_path, "--server", name)
+    get = b"GET /messages HTTP/1.1\r\nHost: x\r\n%b\r\n" % AUTHORIZED
+    for _ in range(5):
+        assert ask(server, "POST", "/messages", json.dumps("x" * 1_000_000))[0] == 201
+    with connections(server, 100) as deaf:
+        for sock in deaf:
+            sock.sendall(get * 8)
+        time.sleep(5)  # until all have what fits
+        for _ in range(5):
+            for method, path, status in (("POST", "/messages", 201), ("GET", "/healthz", 200)):
+                answer, taken_s = timed(lambda method=method, path=path: ask(server, method, path, "1"))
+                assert answer[0] == status
+                assert taken_s < 8
+    server.kill()

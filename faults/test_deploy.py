@@ -1,10 +1,12 @@
 """Every set-up of deploy/, started for real, fulfils the same contract."""
 
+import configparser
 import contextlib
 import http.client
 import json
 import os
 import pwd
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -14,11 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from common import Server, database
-from deployed import BIN, DEPLOY, adapted, free_port, nginx, running
+from common import SCHEMA, Server, database, sql, wait_until
+from deployed import BIN, DEPLOY, adapted, apache, free_port, granian, nginx, running, settings, uwsgi
 
 import service
-from test_service import DEADLINE_S, HERE, run, send
+from test_service import AUTHORIZATION, DEADLINE_S, HERE, readme, run, send
 
 SETTINGS = {service.variable(name) for name in service.SETTINGS}  # as environment variables
 
@@ -123,15 +125,6 @@ def processes_with(path):
     return found - {str(os.getpid())}
 
 
-def settings(path):
-    return {
-        "INLET_DATABASE": str(path),
-        "INLET_SCHEMA": str(path.with_name("schema.sql")),
-        "PYTHONPATH": f"{HERE}:{DEPLOY}",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-
-
 def test_python_service_py(tmp_path):
     path = database(tmp_path)
     server = Server(tmp_path)
@@ -148,6 +141,37 @@ def test_nginx_in_front(upstream, tmp_path):
     with nginx(tmp_path, f"unix:{tmp_path}/socket" if upstream == "unix" else server.address, prefix) as address:
         contract(address, path, prefix, log=tmp_path / "log")
     assert server.end() == 0
+
+
+def test_behind_nginx_the_log_and_source_ip_have_the_address_of_the_client_whatever_it_claims(tmp_path):
+    """README's recipe, and the line of a 401."""
+    recipe = next(text for text in readme("sql") if "source_ip" in text)
+    start = recipe.index("CREATE TABLE IF NOT EXISTS deliveries")
+    database(tmp_path, SCHEMA + recipe[start : recipe.index("CREATE VIEW pushes")])
+    server = Server(tmp_path)
+    claim = {"X-Forwarded-For": "203.0.113.66, 203.0.113.67", "Content-Type": "application/json"}
+
+    def ask(address, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection(*address, timeout=DEADLINE_S, source_address=("127.0.0.9", 0))
+        with contextlib.closing(connection):
+            connection.request(method, path, body, claim | headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    with nginx(tmp_path, server.address) as address:
+        assert ask(address, "GET", "/messages", Authorization="Bearer wrong")[0] == 401
+        assert ask(address, "POST", "/deliveries", "1", **AUTHORIZATION)[0] == 201
+        assert ask(address, "POST", "/deliveries", "no", **AUTHORIZATION, **{"Idempotency-Key": "k"})[0] == 400
+        for by, count in (("127.0.0.9", 1), ("203.0.113.66", 0)):
+            assert len(ask(address, "GET", f"/deliveries?source_ip={by}", **AUTHORIZATION)[1]["messages"]) == count
+        (message,) = ask(address, "GET", "/deliveries", **AUTHORIZATION)[1]["messages"]
+        assert message["headers"]["x-forwarded-for"] == "127.0.0.9"
+    assert server.end() == 0
+    refused, malformed = (line for line in server.log.splitlines() if re.search(" 40[01] to ", line))
+    assert refused.endswith("(from 127.0.0.1, X-Forwarded-For claims '127.0.0.9')")
+    assert "401 to '' at '/messages'" in refused
+    assert malformed.endswith("(from 127.0.0.1, X-Forwarded-For claims '127.0.0.9', key 'k')")
+    assert "203.0.113" not in server.log
 
 
 @pytest.mark.parametrize("preload", ["False", "True"])
@@ -168,11 +192,10 @@ def test_gunicorn_under_a_path(tmp_path):
 
 
 def test_uwsgi(tmp_path):
-    path, port = database(tmp_path), free_port()
-    file = adapted("uwsgi.ini", tmp_path, ("127.0.0.1:8080", f"127.0.0.1:{port}"))
-    with running([BIN / "uwsgi", "--ini", file], tmp_path, port, settings(path)):
+    path = database(tmp_path)
+    with uwsgi(path) as address:
         # Its http-socket closes a connection after each answer, without a word.
-        contract(("127.0.0.1", port), path, processes=2, log=tmp_path / "server-log", keep_alive=False)
+        contract(address, path, processes=2, log=tmp_path / "server-log", keep_alive=False)
 
 
 def test_uwsgi_without_threads_says_so(tmp_path):
@@ -186,70 +209,21 @@ def test_uwsgi_without_threads_says_so(tmp_path):
 
 
 def test_granian(tmp_path):
-    path, port = database(tmp_path), free_port()
-    file = adapted("granian.sh", tmp_path, ("--port 8080", f"--port {port}"))
-    environ = settings(path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    with running(["sh", file], tmp_path, port, environ):
-        contract(("127.0.0.1", port), path, log=tmp_path / "server-log")
-
-
-@pytest.fixture
-def apache(tmp_path):
-    """Apache with mod_wsgi and deploy/apache.conf; called with changes to that file, it yields the port."""
-    user = pwd.getpwnam("www-data")
-
-    @contextlib.contextmanager
-    def start(path, *changes):
-        port = free_port()
-        site = sysconfig.get_path("purelib")
-        adapted(
-            "inlet.wsgi",
-            tmp_path,
-            (
-                "import os\n",
-                f"import os, sys\nsys.path[:0] = [{str(HERE)!r}, {site!r}]\nos.environ.update({settings(path)!r})\n",
-            ),
-        )
-        file = adapted(
-            "apache.conf",
-            tmp_path,
-            ("python-home=/srv/inlet/.venv python-path=/srv/inlet", "user=www-data group=www-data"),
-            ("/srv/inlet/deploy/inlet.wsgi", str(tmp_path / "inlet.wsgi")),
-            ("/srv/inlet/deploy", str(tmp_path)),
-            *changes,
-        )
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(0o755)
-        for entry in (tmp_path, *tmp_path.glob("inlet.db*"), tmp_path / "schema.sql"):
-            os.chown(entry, user.pw_uid, user.pw_gid)
-        modules = "/usr/lib/apache2/modules"
-        names = {
-            "mpm_event": "mod_mpm_event",
-            "authz_core": "mod_authz_core",
-            "reqtimeout": "mod_reqtimeout",
-            "wsgi": "mod_wsgi",
-        }
-        load = "\n".join(f"LoadModule {name}_module {modules}/{file}.so" for name, file in names.items())
-        (tmp_path / "apache-main.conf").write_text(
-            f"ServerRoot {tmp_path}\nServerName localhost\nListen 127.0.0.1:{port}\nPidFile {tmp_path}/apache.pid\nUser www-data\nGroup www-data\n"
-            f"ErrorLog {tmp_path}/server-log\n{load}\nWSGISocketPrefix {tmp_path}/wsgi\nInclude {file}\n"
-        )
-        with running(["apache2", "-f", tmp_path / "apache-main.conf", "-DFOREGROUND"], tmp_path, port):
-            yield port
-
-    return start
-
-
-def test_apache_with_mod_wsgi(apache, tmp_path):
     path = database(tmp_path)
-    with apache(path) as port:
-        contract(("127.0.0.1", port), path, processes=2, log=tmp_path / "server-log")
+    with granian(path) as address:
+        contract(address, path, log=tmp_path / "server-log")
 
 
-def test_apache_that_keeps_the_authorization_to_itself_says_so(apache, tmp_path):
+def test_apache_with_mod_wsgi(tmp_path):
     path = database(tmp_path)
-    with apache(path, ("WSGIPassAuthorization On", "WSGIPassAuthorization Off")) as port:
-        status, _, data = send(http.client.HTTPConnection("127.0.0.1", port), "GET", "/messages")
+    with apache(path) as address:
+        contract(address, path, processes=2, log=tmp_path / "server-log")
+
+
+def test_apache_that_keeps_the_authorization_to_itself_says_so(tmp_path):
+    path = database(tmp_path)
+    with apache(path, ("WSGIPassAuthorization On", "WSGIPassAuthorization Off")) as address:
+        status, _, data = send(http.client.HTTPConnection(*address), "GET", "/messages")
         assert status == 401
         assert "WSGIPassAuthorization On" in json.loads(data)["detail"]
 
@@ -279,6 +253,10 @@ def test_the_systemd_unit(tmp_path):
     )
     assert exposure.returncode == 0, exposure.stdout[-500:] + exposure.stderr
     unit = (DEPLOY / "inlet.service").read_text()
+    # After a full disk, or what else keeps it down for long, it starts by itself: systemd stops after five starts in 10 s.
+    parsed = configparser.ConfigParser(strict=False, interpolation=None)
+    parsed.read_string(unit)
+    assert (parsed["Unit"]["StartLimitIntervalSec"], parsed["Service"]["Restart"]) == ("0", "always")
     environ = dict(
         line.removeprefix("Environment=").split("=", 1) for line in unit.splitlines() if line.startswith("Environment=")
     )
@@ -319,7 +297,9 @@ def test_the_systemd_unit(tmp_path):
 def test_litestream_copies_while_messages_come_in(tmp_path):
     """The real program, built from its source; what it copied is restored and has every message."""
     litestream = os.environ["INLET_LITESTREAM"]
-    path = database(tmp_path)
+    version = subprocess.run([litestream, "version"], check=True, capture_output=True, text=True).stdout
+    assert tuple(map(int, version.strip().removeprefix("v").split("."))) > (0, 5, 16)  # as litestream.yml says
+    path, log = database(tmp_path), tmp_path / "litestream-log"
     file = adapted(
         "litestream.yml",
         tmp_path,
@@ -327,22 +307,28 @@ def test_litestream_copies_while_messages_come_in(tmp_path):
         ("/mnt/elsewhere/inlet", str(tmp_path / "replica")),
     )
     server = Server(tmp_path)
-    with open(tmp_path / "litestream-log", "w") as log:
-        process = subprocess.Popen([litestream, "replicate", "-config", file], stdout=log, stderr=log)
+    with open(log, "w") as output:
+        process = subprocess.Popen([litestream, "replicate", "-config", file], stdout=output, stderr=output)
+    restored = tmp_path / "restored.db"
+
+    def restore():
+        restored.unlink(missing_ok=True)
+        done = subprocess.run([litestream, "restore", "-config", file, "-o", restored, path], capture_output=True)
+        return done.returncode == 0 and sql(restored, "SELECT count(*) FROM messages")[0][0]
+
     try:
-        for n in range(300):
-            assert send(server.connect(), "POST", "/messages", str(n))[0] == 201
-            time.sleep(0.01)
-        time.sleep(3)
+        with contextlib.closing(server.connect()) as connection:
+            for n in range(300):
+                assert send(connection, "POST", "/messages", json.dumps(f"{n} {'x' * 10_000}"))[0] == 201
+        wait_until(lambda: restore() == 300, "what was copied lacks messages")  # while it runs
     finally:
         process.terminate()
         process.wait(DEADLINE_S)
     assert server.end() == 0
-    restored = tmp_path / "restored.db"
-    subprocess.run([litestream, "restore", "-config", file, "-o", restored, path], check=True, capture_output=True)
-    with contextlib.closing(sqlite3.connect(restored)) as db:
-        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert db.execute("SELECT count(*) FROM messages").fetchone() == (300,)
+    assert restore() == 300
+    assert sql(restored, "PRAGMA integrity_check") == [("ok",)]
+    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+    assert " level=ERROR " not in log.read_text()
     assert run(tmp_path, "client", "list").returncode == 0  # its tables are no difference to the schema
 
 

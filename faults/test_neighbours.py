@@ -177,9 +177,9 @@ def test_a_database_that_is_replaced_by_its_backup_under_the_running_service(pro
     assert not (missing := lost(path, before, after)), missing[:10]
     strangers = sql(path, "SELECT count(*) FROM messages WHERE body ->> 'n' >= 1e6 AND body ->> 'n' < 2e6")
     assert strangers == [(0,)], "what was sent before the restore is in the new file"
-    aside = tmp_path / "inlet.db-wal.of-replaced"
-    assert aside.exists() == (files == "the WAL and the -shm are left in place")
-    if aside.exists():  # with it, the old database is whole
+    found = list(tmp_path.glob("inlet.db-wal.of-replaced-*"))
+    assert len(found) == (files == "the WAL and the -shm are left in place")
+    for aside in found:  # with it, the old database is whole
         aside.rename(tmp_path / "original-wal")
         assert not (missing := lost(tmp_path / "original", before, between)), missing[:10]
 
@@ -387,7 +387,7 @@ def test_forks_of_a_busy_process_hang_nowhere_and_lose_nothing(tmp_path):
                 os.killpg(process.pid, signal.SIGKILL)  # and children that hang
     found, ids = printed.read_text().splitlines()
     assert (status, found) == (0, "25 children were refused"), log.read_text()[-5000:]
-    assert log.read_text().count("was forked") == 250
+    assert log.read_text().count("was forked") == 25  # once a minute, and each child is a process of its own
     assert sql(path, "PRAGMA integrity_check") == [("ok",)]
     stored = [message_id for (message_id,) in sql(path, "SELECT id FROM messages")]
     assert len(stored) > 25

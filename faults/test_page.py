@@ -309,7 +309,7 @@ def test_a_message_is_sent_and_a_refused_one_says_where_and_why(page, server):
         assert [key is not None for (key,) in db.execute("SELECT key FROM readings")] == [True, True]
         db.execute("BEGIN IMMEDIATE")
         send_it()
-        expect(sent).to_contain_text("503: Another program is writing to the database.")
+        expect(sent).to_contain_text("503: The database is busy.")
         expect(page.locator("#health")).to_have_text("No message can be written, or it takes too long.")
         db.execute("ROLLBACK")
     send_it()

@@ -4,15 +4,22 @@ import contextlib
 import http.client
 import itertools
 import json
+import os
+import re
+import shutil
+import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pandas
-from common import Server, database
-from deployed import free_port, nginx
+import pytest
+from common import Ledger, Server, database, seed, sql, wait_until
+from deployed import BIN, free_port, nginx, running
 
-from test_service import AUTHORIZATION, DEADLINE_S, TOKEN, copied, readme, run, send
+from test_service import AUTHORIZATION, DEADLINE_S, HERE, TOKEN, copied, readme, run, send
 
 
 def test_a_page_becomes_a_table_of_pandas(tmp_path):
@@ -84,3 +91,84 @@ def test_a_backup_is_restored_as_readme_says(tmp_path):
             assert [message["id"] for message in json.load(answer)["messages"]] == [1, 2, 3]
         with contextlib.closing(server.connect()) as connection:
             assert send(connection, "POST", "/messages", "2", Idempotency_Key="2")[1]["Idempotent-Replayed"] == "true"
+
+
+def commands_of_readme(words: str) -> str:
+    """The one line of README's commands that has these words in it."""
+    (line,) = (line for block in readme("sh") for line in block.splitlines() if words in line)
+    return line
+
+
+def test_a_copy_for_datasette_has_no_client_and_no_secret_in_any_byte(tmp_path):
+    """The line of README as it stands there, with Datasette itself in place of uvx."""
+    path = database(tmp_path)
+    assert run(tmp_path, "client", "add", "shop", "--signs", "github").returncode == 0
+    sql(  # more of them, so that whole pages are free afterwards
+        path,
+        "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 99) INSERT INTO clients"
+        " SELECT 'shop' || n, hex(randomblob(32)), 'write', 't', 'github', hex(randomblob(16)) FROM n",
+    )
+    secrets = [secret for (secret,) in sql(path, "SELECT secret FROM clients WHERE secret IS NOT NULL")]
+    digests = [digest for (digest,) in sql(path, "SELECT token FROM clients")]
+    sql(path, "INSERT INTO messages (received_at, client, body) VALUES ('t', 'x', '\"seen\"')")
+    server = Server(tmp_path)
+    line, uvx, _ = commands_of_readme("uvx datasette").partition(" && uvx datasette copy.db")
+    assert uvx
+    # Debian's sqlite3 overwrites what it deletes; that of others does not.
+    other, command = tmp_path / "sqlite3", shutil.which("sqlite3")
+    other.write_text(f'#!/bin/sh\nexec {command} -cmd "PRAGMA secure_delete = OFF" "$@"\n')
+    other.chmod(0o755)
+    environ = os.environ | {"INLET_DATABASE": str(path), "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
+    line = line.replace("python service.py", f"python {HERE}/service.py")
+    subprocess.run(["bash", "-ec", line], cwd=tmp_path, env=environ, check=True)
+    assert len(secrets) == 100
+    assert secrets[0].encode() in path.read_bytes() + Path(f"{path}-wal").read_bytes()
+    copies = list(tmp_path.glob("copy.db*"))
+    held = b"".join(file.read_bytes() for file in copies)
+    assert b"seen" in held
+    assert not [text for text in (*secrets, *digests) if text.encode() in held]
+    assert "clients" not in [name for (name,) in sql(tmp_path / "copy.db", "SELECT name FROM sqlite_schema")]
+    port = free_port()
+    with running([BIN / "datasette", "copy.db", "--port", str(port)], tmp_path, port, path="/-/versions.json"):
+
+        def get(page):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{page}", timeout=DEADLINE_S) as answer:
+                return answer.read()
+
+        tables = [table["name"] for table in json.loads(get("/copy.json"))["tables"]]
+        assert "messages" in tables
+        assert "clients" not in tables
+        assert b"seen" in get("/copy/messages.json")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get("/copy/clients.json")
+    assert server.end() == 0
+
+
+def test_VACUUM_under_flock_beside_the_service_loses_nothing_and_shrinks_the_file(tmp_path):
+    """The command of README as it stands there, three times, while messages come in."""
+    (command,) = set(re.findall("`(flock inlet.db-lock sqlite3 [^`]*)`", (HERE / "README.md").read_text()))
+    path = database(tmp_path)
+    sql(
+        path,
+        "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 20000) INSERT INTO messages"
+        " (received_at, client, body) SELECT 't', 'x', json_quote(printf('%0900d', n)) FROM n",
+        "DELETE FROM messages",
+    )
+    server = Server(tmp_path)
+    ledger = Ledger(server.connect, chosen=seed(), first=20_001)
+    ledger.must_answer()
+    before = path.stat().st_size
+    with ledger.sending(6):
+        for _ in range(3):
+            acknowledged = len(ledger.acknowledged)
+            done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            wait_until(lambda a=acknowledged: len(ledger.acknowledged) > a + 100, "messages do not go on")
+    assert set(ledger.statuses) <= {201, 422}
+    assert server.end() == 0
+    after = path.stat().st_size
+    print(f"{before} bytes, and then {after}, longest gap {ledger.longest_gap():.2f} s")
+    assert before > 18_000_000
+    assert after < 5_000_000
+    assert ledger.check(path) == len(ledger.acknowledged)
+    assert min(ledger.acknowledged) == 20_001  # no id was used again

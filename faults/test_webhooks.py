@@ -4,6 +4,7 @@ import base64
 import contextlib
 import datetime
 import hmac
+import http.client
 import json
 import os
 import shutil
@@ -105,36 +106,95 @@ def test_what_the_stripe_package_signs_is_taken(server, tmp_path):
         assert post(server, body.encode() + b" ", **{"Stripe-Signature": header})[0] == 401
 
 
-def test_a_sender_that_can_neither_sign_nor_send_headers(server, tmp_path):
-    """As Amazon SNS: text/plain, the id of the delivery in a header of its own."""
-    port, token = free_port(), AUTHORIZATION["Authorization"]
+@contextlib.contextmanager
+def secret_path(server: Server):
+    """nginx with deploy/webhooks.conf in front of a server; yields (host, port). The path is /hook-Zk3."""
+    folder, port, token = server.folder, free_port(), AUTHORIZATION["Authorization"]
     changes = [("listen 8090;", f"listen 127.0.0.1:{port};"), ("THE-SECRET-PATH", "hook-Zk3")]
-    adapted("webhooks.conf", tmp_path, *changes, ("Bearer THE-TOKEN", token))
+    adapted("webhooks.conf", folder, *changes, ("Bearer THE-TOKEN", token))
     upstream = f"upstream inlet {{ server {server.address}; keepalive 8; }}"
     places = "".join(
-        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    conf = tmp_path / "all.conf"
+    conf = folder / "all.conf"
     conf.write_text(
-        f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}"
-        f" http {{ access_log off; {places} {upstream} include {tmp_path}/webhooks.conf; }}"
+        f"daemon off; pid {folder}/pid; error_log stderr; events {{}}"
+        f" http {{ access_log off; {places} {upstream} include {folder}/webhooks.conf; }}"
     )
+    with running(["nginx", "-p", folder, "-c", conf], folder, port, path="/"):
+        yield "127.0.0.1", port
+
+
+def ask(address, method: str, path: str, body: bytes | None = None, **headers: str):
+    """Without a token, as a sender that can send nothing but its own headers; (status, headers, body)."""
+    with contextlib.closing(http.client.HTTPConnection(*address, timeout=DEADLINE_S)) as connection:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+
+def test_a_sender_that_can_neither_sign_nor_send_headers(server):
+    """As Amazon SNS: text/plain, the id of the delivery in a header of its own."""
     body = b'{"Type": "Notification", "Message": "m"}'
-    with running(["nginx", "-p", tmp_path, "-c", conf], tmp_path, port, path="/"):
+    headers = {"Content-Type": "text/plain; charset=UTF-8", "x-amz-sns-message-id": "sns-1"}
+    with secret_path(server) as address:
         for path, method, status in (("/hook-Zk3", "POST", 201), ("/hook-Zk3", "GET", 403), ("/hook", "POST", 404)):
             for _ in range(2):
-                headers = {"Content-Type": "text/plain; charset=UTF-8", "x-amz-sns-message-id": "sns-1"}
-                url = f"http://127.0.0.1:{port}{path}"
-                request = urllib.request.Request(url, body if method == "POST" else None, headers)
-                if status == 201:
-                    with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
-                        assert (answer.status, json.load(answer)["id"]) == (201, 1)
-                else:
-                    with pytest.raises(urllib.error.HTTPError, match=str(status)):
-                        urllib.request.urlopen(request, timeout=DEADLINE_S)
+                found, _, answer = ask(address, method, path, body if method == "POST" else None, **headers)
+                assert found == status
+                if found == 201:
+                    assert json.loads(answer)["id"] == 1
     with contextlib.closing(server.connect()) as connection:
         (message,) = json.loads(send(connection, "GET", "/messages")[2])["messages"]
     assert (message["key"], message["body"]["Message"]) == ("sns-1", "m")
+
+
+DELIVERY_HEADERS = [
+    "Idempotency-Key",
+    "x-amz-sns-message-id",
+    "x-wc-webhook-delivery-id",
+    "x-request-uuid",
+    "i-twilio-idempotency-token",
+]
+
+
+def test_what_names_a_delivery_is_its_key_and_a_redelivery_is_a_replay(server):
+    """Of several, the first in this order; each one alone; and none, which makes a message each time."""
+    cases = [DELIVERY_HEADERS[n:] for n in range(5)] + [[name] for name in DELIVERY_HEADERS]
+    keys = []
+    with secret_path(server) as address:
+        for number, names in enumerate(cases):
+            headers = {name: f"{name}-{number}" for name in names}
+            keys.append(f"{names[0]}-{number}")
+            first, again = (ask(address, "POST", "/hook-Zk3", b"1", **headers) for _ in range(2))
+            assert (first[0], again[0], first[2]) == (201, 201, again[2]), names
+            assert first[1]["Idempotent-Replayed"] is None
+            assert again[1]["Idempotent-Replayed"] == "true", names
+            assert ask(address, "POST", "/hook-Zk3", b"2", **headers)[0] == 422
+        ids = [json.loads(ask(address, "POST", "/hook-Zk3", b"1")[2])["id"] for _ in range(2)]
+    assert ids == [len(cases) + 1, len(cases) + 2]
+    with contextlib.closing(server.connect()) as connection:
+        messages = json.loads(send(connection, "GET", "/messages")[2])["messages"]
+    assert [message["key"] for message in messages] == [*keys, None, None]
+
+
+def test_a_page_of_an_origin_that_cors_names_may_use_the_secret_path(tmp_path):
+    database(tmp_path, SCHEMA)
+    server = Server(tmp_path, "--cors", "https://shop.example")
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    with secret_path(server) as address:
+        for origin, allowed in (("https://shop.example", "https://shop.example"), ("https://other.example", None)):
+            found, headers, _ = ask(address, "OPTIONS", "/hook-Zk3", Origin=origin, **asks)
+            assert (found, headers["Access-Control-Allow-Origin"]) == (200, allowed)
+            if allowed:
+                assert (headers["Access-Control-Allow-Methods"], headers["Access-Control-Allow-Headers"]) == (
+                    "GET, HEAD, POST",
+                    "content-type",
+                )
+            found, headers, _ = ask(address, "POST", "/hook-Zk3", b"1", Origin=origin)
+            assert (found, headers["Access-Control-Allow-Origin"]) == (201, allowed)
+        assert ask(address, "PUT", "/hook-Zk3", b"1")[0] == 403
+    assert server.end() == 0
 
 
 # /metrics
@@ -173,7 +233,8 @@ def test_prometheus_scrapes_it_with_a_token_and_takes_the_rules(server, tmp_path
     shutil.copy(DEPLOY / "prometheus-rules.yml", tmp_path)
     checked = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
-    assert "7 rules found" in checked.stdout
+    rules = (DEPLOY / "prometheus-rules.yml").read_text().count("- alert:")
+    assert f" {rules} rules found" in checked.stdout
     command = [
         "prometheus",
         f"--config.file={file}",
