@@ -1601,8 +1601,11 @@ class Database:
 
     def _snapshot(self) -> sqlite3.Connection:
         """Return a connection that sees the database as it is now: else a copy would begin again at every write."""
-        with self._lock_file() as file, locked(file, time.monotonic() + BUSY_TIMEOUT_S):
-            self._put_aside_old_wal(file)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(PermissionError):  # of a user who may read the database, and not write
+                file = stack.enter_context(self._lock_file())
+                stack.enter_context(locked(file, time.monotonic() + BUSY_TIMEOUT_S))
+                self._put_aside_old_wal(file)
             source = connect(self.path, "ro", BUSY_TIMEOUT_S)
             source.execute("BEGIN")
             source.execute("SELECT 1 FROM sqlite_schema").fetchall()
