@@ -1293,6 +1293,7 @@ class Database:
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode=0o600))
             self._hide_from_others()
+        has_messages = file_size(path) > 0
         with self._lock_file() as file, locked(file, time.monotonic() + BUSY_TIMEOUT_S):
             self._put_aside_old_wal(file)
             if os.path.exists(self._shm) and not os.path.exists(self._wal):
@@ -1303,7 +1304,7 @@ class Database:
                 if new_schema and db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                     raise SetupError(f"{path} cannot have a WAL here: a 201 would not mean that it is on disk")
                 yield db
-                if new_schema:
+                if new_schema and has_messages:
                     analyze(db)
             if new_schema:
                 sync_directory(path.parent)  # else a power cut could lose the new file and its messages
@@ -1881,15 +1882,16 @@ class Clients:
         try:
             with self._database.reader(CLIENTS_TIMEOUT_S) as db:
                 version = None
-                with contextlib.suppress(
-                    sqlite3.OperationalError
-                ):  # an older database was put in the place of this one
+                with contextlib.suppress(sqlite3.OperationalError):  # an older database is in the place of this one
                     version = self._database.opened, db.execute(CLIENTS_VERSION).fetchone()
                 if not version or version != self._version:
-                    self._keep(
-                        db.execute("SELECT c.name, c.can, c.token, c.signs, c.secret FROM clients AS c").fetchall()
-                    )
-                    self._version = version
+                    counted = "(SELECT v.version FROM clients_version AS v)" if version else "NULL"
+                    sql = f"SELECT c.name, c.can, c.token, c.signs, c.secret, {counted} FROM clients AS c"
+                    rows = db.execute(sql).fetchall()
+                    self._keep(rows)
+                    # A node of a cluster that starts again can have older rows than the one that was asked before.
+                    is_same = version and version[1] and {row[5] for row in rows} == {version[1][0]}
+                    self._version = version if is_same else None
         except (sqlite3.Error, OSError) as error:
             log.error("the clients cannot be read: %s", error)
             failure = error.with_traceback(None)
@@ -1900,7 +1902,7 @@ class Clients:
         return failure
 
     def _keep(self, rows: list[tuple]) -> None:
-        found = [(Client(name, frozenset(can.lower().split())), *of_client) for name, can, *of_client in rows]
+        found = [(Client(name, frozenset(can.lower().split())), *of_client) for name, can, *of_client, _ in rows]
         self._by_digest = {digest: client for client, digest, signs, _ in found if not signs}
         if not found:
             log.warning("there is no client: python service.py client add NAME")

@@ -149,6 +149,27 @@ def client(store):
     return client_of(store, max_body=100_000)
 
 
+def for_many_tests(fixture_name, config):
+    """The scope of a fixture for tests that do not care what is stored. Over a cluster, each begins with an empty one."""
+    return "function" if config.pluginmanager.has_plugin("over_cluster") else "module"
+
+
+@pytest.fixture(scope=for_many_tests)
+def any_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any-store")
+    (folder / "schema.sql").write_text(SCHEMA)
+    store = service.Store(service.Database(folder / "inlet.db"), service.read_schema(folder / "schema.sql"))
+    store.open()
+    add_tester(folder / "inlet.db")
+    with contextlib.closing(store):
+        yield store
+
+
+@pytest.fixture(scope=for_many_tests)
+def any_client(any_store):
+    return client_of(any_store, max_body=100_000)
+
+
 @pytest.fixture
 def command(capsys, tmp_path):
     """Runs a command on the files of this test, in this process: (status, stdout, stderr)."""
@@ -1163,6 +1184,12 @@ def test_it_refuses_a_database_in_utf_16_and_one_that_it_may_not_write(store, tm
 # Clients
 
 
+@pytest.fixture
+def hasty_clients(monkeypatch):
+    """What the clients are is looked at after 0.05 s, not after 0.8 s."""
+    monkeypatch.setattr(service, "CLIENTS_REFRESH_S", 0.05)
+
+
 def basic(text):
     return "Basic " + base64.b64encode(text).decode()
 
@@ -1227,7 +1254,7 @@ def test_the_clients_are_read_again_only_if_they_have_changed(open_store, monkey
     assert [reads("new")[0], reads("new")[0]] == [401, 401]
 
 
-def test_after_a_restore_a_token_that_is_removed_again_stops(client, store, command, tmp_path):
+def test_after_a_restore_a_token_that_is_removed_again_stops(hasty_clients, client, store, command, tmp_path):
     """A copy counts the changes of its clients on: the same number can mean something else."""
     add_tester(store.database.path, "bad", "bad")
     assert command("backup", tmp_path / "copy.db")[0] == 0
@@ -1280,7 +1307,7 @@ def test_a_backup_of_a_damaged_database_is_none(store, command, tmp_path):
     assert not (tmp_path / "copy.db").exists()
 
 
-def test_an_older_database_that_is_put_in_the_place_of_this_one_has_its_clients(client, store, tmp_path):
+def test_an_older_database_that_is_put_in_the_place_of_this_one_has_its_clients(hasty_clients, client, store, tmp_path):
     """It has no table that counts the changes of the clients."""
     assert client.get("/messages").status_code == 200
     with (
@@ -1332,7 +1359,7 @@ def test_a_database_of_before_1_1_keeps_its_clients(tmp_path, open_store, comman
     assert command("client", "list")[1] == f"tester\t{service.digest_of(TOKEN)[:8]}\tunknown\twrite read\ttoken\n"
 
 
-def test_a_token_is_replaced_by_another_of_the_same_client(client, store, command):
+def test_a_token_is_replaced_by_another_of_the_same_client(hasty_clients, client, store, command):
     """Keys belong to the name, so that a replay still is one. A token that is new is looked for at once."""
     assert client.post("messages", "1", Idempotency_Key="k").status_code == 201
     _, token, _ = command("client", "add", "tester", "--can", "write")
@@ -1491,7 +1518,8 @@ def refusals():
     ("stream", "body", "headers", "status", "words", "members"),
     [pytest.param(*refusal, id=name) for name, *refusal in refusals()],
 )
-def test_it_refuses(stream, body, headers, status, words, members, client, store):
+def test_it_refuses(stream, body, headers, status, words, members, any_client, any_store):
+    client, store = any_client, any_store
     used = '{"sensor": "a-17", "value": 1, "lot": "L", "batch": "B"}'
     assert client.post("readings", used, Idempotency_Key="used").status_code == 201
     before = rows(store), rows(store, "SELECT * FROM counts")
@@ -1545,19 +1573,21 @@ def json_traps():
 
 
 @pytest.mark.parametrize(("data", "is_json"), list(json_traps()))
-def test_it_takes_json_as_rfc_8259_has_it_and_nothing_else(data, is_json, client, store):
+def test_it_takes_json_as_rfc_8259_has_it_and_nothing_else(data, is_json, any_client, any_store):
+    client, before = any_client, rows(any_store, "SELECT count(*) FROM messages")
     answer = client.post("messages", data, Content_Length=str(len(data)))
     if is_json:
         assert answer.status_code == 201
-        page = client.get("/messages").content
-        assert page.startswith(b'{"messages": [{"id": 1, ')
-        assert page.endswith(b'"body": ' + data + b'}], "next": "/messages?after=1"}')
-        assert client.get("/messages/1").content.endswith(b'"key": null, "body": ' + data + b"}")
-        assert rows(store, "SELECT CAST(body AS BLOB) FROM messages") == [(data,)]
+        number = answer.json["id"]
+        page = client.get(f"/messages?after={number - 1}").content
+        assert page.startswith(b'{"messages": [{"id": %d, ' % number)
+        assert page.endswith(b'"body": %b}], "next": "/messages?after=%d"}' % (data, number))
+        assert client.get(f"/messages/{number}").content.endswith(b'"key": null, "body": ' + data + b"}")
+        assert rows(any_store, f"SELECT CAST(body AS BLOB) FROM messages WHERE id = {number}") == [(data,)]
     else:
         assert answer.status_code == 400
         assert {"line", "column"} <= answer.json.keys()
-        assert rows(store, "SELECT * FROM messages") == []
+        assert rows(any_store, "SELECT count(*) FROM messages") == before
 
 
 @pytest.mark.parametrize(("data", "line", "column"), [
@@ -1565,8 +1595,8 @@ def test_it_takes_json_as_rfc_8259_has_it_and_nothing_else(data, is_json, client
     (b'["NaN", "Infinity \\" NaN",\n-Infinity]', 2, 1), (b"[\n" * 513 + b"]" * 513, 513, 1),
     (b'{"[[":"\\"[",\n "a":' + b"[{}," * 511 + b"1" + b"]" * 511 + b"}", 2, 2047),
 ], ids=range(8))  # fmt: skip
-def test_it_says_where_a_body_stops_being_json(data, line, column, client):
-    answer = client.post("messages", data, Content_Length=str(len(data)))
+def test_it_says_where_a_body_stops_being_json(data, line, column, any_client):
+    answer = any_client.post("messages", data, Content_Length=str(len(data)))
     assert (answer.status_code, answer.json["line"], answer.json["column"]) == (400, line, column)
 
 
@@ -1829,8 +1859,8 @@ def test_a_page_ends_at_about_4_mib_but_never_empty(client, store):
     ("after=9223372036854775808", ["after"]), ("after=١", ["after"]), ("after=", ["after"]), ("body=x", ["'body'"]),
     ("after=1&after=2", ["after", "more than once"]), ("colour=red", ["'colour'", "after, limit, sensor, value"]),
 ])  # fmt: skip
-def test_the_feed_refuses_what_it_does_not_know(query, words, client):
-    answer = client.get(f"/readings?{query}")
+def test_the_feed_refuses_what_it_does_not_know(query, words, any_client):
+    answer = any_client.get(f"/readings?{query}")
     assert (answer.status_code, answer.headers["Content-Type"]) == (400, "application/problem+json")
     assert all(word in answer.json["detail"] for word in words)
 

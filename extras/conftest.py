@@ -1,5 +1,25 @@
 """The fixtures of test_service.py, for the tests of the extras."""
 
-from test_service import any_server, client, command, one_line_error, open_store, server, server_with, store
+from test_service import (
+    any_server,
+    client,
+    command,
+    hasty_clients,
+    one_line_error,
+    open_store,
+    server,
+    server_with,
+    store,
+)
 
-__all__ = ["any_server", "client", "command", "one_line_error", "open_store", "server", "server_with", "store"]
+__all__ = [
+    "any_server",
+    "client",
+    "command",
+    "hasty_clients",
+    "one_line_error",
+    "open_store",
+    "server",
+    "server_with",
+    "store",
+]

@@ -141,7 +141,7 @@ def test_another_token_or_secret_has_the_grants_of_its_client(store, command):
     assert len(rows(store, "SELECT * FROM clients WHERE name = 'x'")) == 2
 
 
-def test_a_secret_is_rotated_by_a_second_one(sender, command, client):
+def test_a_secret_is_rotated_by_a_second_one(hasty_clients, sender, command, client):
     """Senders that can have two secrets sign with both; of the others either comes alone."""
     _, other, _ = command("client", "add", "shop", "--signs", sender.scheme, "--can", "write:messages")
     eventually(lambda: sender(secret=other.strip())[0].status_code == 201, within_s=3)
