@@ -872,7 +872,7 @@ class Store:
         is_new = not schema_objects(db)
         db.execute("BEGIN IMMEDIATE")
         touch(db)  # which fails now, where each message would fail later
-        make_clients(db)
+        make_clients(db, is_new)
         if is_new:
             for statement in self.schema.statements:
                 db.execute(statement)
@@ -1920,9 +1920,12 @@ def no_token(environ: dict[str, Any], reason: str = "") -> Problem:
     return Problem(401, hint, CHALLENGE, reason)
 
 
-def make_clients(db: sqlite3.Connection) -> None:
-    """Make the clients table, or bring an older one up to date, in which a name had one token."""
-    columns = columns_of(db, "clients")
+def make_clients(db: sqlite3.Connection, is_new: bool = False) -> None:
+    """Make the clients table, or bring an older one up to date, in which a name had one token.
+
+    is_new: the database was empty. On a cluster it may not be by now, and CREATE has to say so.
+    """
+    columns = {} if is_new else columns_of(db, "clients")
     if "signs" not in columns:
         old = db.execute("SELECT c.name, c.token, c.can FROM clients AS c").fetchall() if columns else []
         if columns:
@@ -1930,7 +1933,7 @@ def make_clients(db: sqlite3.Connection) -> None:
         db.execute(CLIENTS_TABLE)
         for row in old:
             db.execute("INSERT INTO clients (name, token, can) VALUES (?, ?, ?)", row)
-    if not columns_of(db, "clients_version"):
+    if is_new or not columns_of(db, "clients_version"):
         db.execute("CREATE TABLE clients_version (version INTEGER NOT NULL) STRICT")
         db.execute(f"INSERT INTO clients_version VALUES ({secrets.randbits(62)})")
         for event in ("INSERT", "UPDATE", "DELETE"):
