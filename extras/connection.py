@@ -102,8 +102,10 @@ class Connection(http1.Connection):
                 may_have, self._account = self._server.admit(self._environ())
             self.admit(may_have)
             request = self.next_request()
-        if not self._count(len(request.body) if request else self.held if self.awaits == "body" else 0):
+        size = len(request.body) if request else self.held if self.awaits == "body" else 0
+        if (self._counted or size >= SMALL_BYTES) and not self._count(size):
             request = self.refuse(503, "Too many large bodies are on their way.")
+            self._count(0)  # there is room for others at once
         if request:
             self._arrived_at, self._poll, self._returned = time.monotonic(), None, None
             self._server.add(self)
@@ -114,8 +116,6 @@ class Connection(http1.Connection):
 
     def _count(self, size: int) -> bool:
         """Take note of the bytes that are kept for the request. Is there room for them?"""
-        if size < SMALL_BYTES and not self._counted:
-            return True
         held = self._server.held
         with self._server.held_lock:
             if abs(size - self._counted) >= SMALL_BYTES or not size:
@@ -133,7 +133,7 @@ class Connection(http1.Connection):
         return environ
 
     def _answer_later(self, poll: Callable[[], Answer | None], size: int = 0) -> Callable[[], None] | None:
-        if not self._count(size):
+        if (self._counted or size >= SMALL_BYTES) and not self._count(size):
             return None
         self._poll, self.request.body = poll, b""
         return partial(self._server.changed, self)
@@ -149,7 +149,8 @@ class Connection(http1.Connection):
                 left_out = ("content-",)  # the answer that comes later has its own
             elif request.method != "HEAD":
                 left_out = ("content-length",)
-            started[:] = status, [header for header in headers if not header[0].lower().startswith(left_out)]
+            kept = [(name.title(), value) for name, value in headers if not name.lower().startswith(left_out)]
+            started[:] = status, kept
 
         is_late = time.monotonic() > self._arrived_at + 1
         if not self._is_open or (is_late and self.is_abandoned()):
@@ -174,7 +175,8 @@ class Connection(http1.Connection):
         if not answer:
             return
         self._poll = self._returned = None
-        self._count(0)
+        if self._counted:
+            self._count(0)
         if self._is_open:
             self._account = None
             if len(answer[2]) > SMALL_BYTES:

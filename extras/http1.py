@@ -27,18 +27,19 @@ MIN_CHUNK_BYTES = 16  # on average, of a body with more chunks: a chunk costs 0.
 LEFT_OUT_BYTES = 64 * 1024 * 1024  # that a client may send after its last answer, because it reads only then
 
 # Possessive quantifiers take one pass. The expressions of waitress 3.0.2 take 29 s for 16 KB of `GET a://111…`.
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
-REQUEST_LINE = rb"(%b) ([!-~]++) HTTP/1\.([01])\r\n" % TOKEN
-FIELD_LINE = rb"%b:[\t -~\x80-\xff]*+\r\n" % TOKEN
-FIRST_LINE = re.compile(REQUEST_LINE)
-HEAD = re.compile(rb"%b((?:%b)*+)" % (REQUEST_LINE, FIELD_LINE))
+# A whole head is read as a text in Latin-1, and what is to become one as bytes.
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+REQUEST_LINE = rf"({TOKEN}) ([!-~]++) HTTP/1\.([01])\r\n"
+FIELD_LINE = rf"{TOKEN}:[\t -~\x80-\xff]*+\r\n"
+FIRST_LINE = re.compile(REQUEST_LINE.encode())
+HEAD = re.compile(rf"{REQUEST_LINE}((?:{FIELD_LINE})*+)")
 NEVER_IN_A_HEAD = re.compile(rb"[^\t\r\n -~\x80-\xff]|(?<!\r)\n|\r[^\n]")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")  # before a request: RFC 9112, 2.2
-HOST = rb"(?:\[[0-9A-Fa-f:.]++\]|[A-Za-z0-9._~!$&'()*+,;=%-]*+)(?::[0-9]*+)?"
+HOST = r"(?:\[[0-9A-Fa-f:.]++\]|[A-Za-z0-9._~!$&'()*+,;=%-]*+)(?::[0-9]*+)?"
 HOST_FIELD = re.compile(HOST)
-TARGET = re.compile(rb"(?:https?://(?![:/?])%b|(?=[/*]))(\*|/[^?#]*+)?(?:\?([^#]*+))?" % HOST, re.IGNORECASE)
+TARGET = re.compile(rf"(?:https?://(?![:/?]){HOST}|(?=[/*]))(\*|/[^?#]*+)?(?:\?([^#]*+))?", re.IGNORECASE | re.ASCII)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*+;[\t -~\x80-\xff]{0,%d}+)?\r\n" % (MAX_CHUNK_LINE_BYTES - 20))
-TRAILER_LINE = re.compile(FIELD_LINE)
+TRAILER_LINE = re.compile(FIELD_LINE.encode())
 http_date = lru_cache(maxsize=1)(formatdate)
 
 
@@ -67,22 +68,24 @@ class Request:
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}  # by their names in WSGI
 
-    def read(self, head: bytearray, end: int) -> None:
-        """Take in a head, which ends there. Refusal 400 or 501; what was understood until then stays."""
-        match = HEAD.fullmatch(head, 0, end)
+    def read(self, head: str) -> None:
+        """Take in a head, without the empty line. Refusal 400 or 501; what was understood until then stays."""
+        match = HEAD.fullmatch(head)
         target = match and TARGET.fullmatch(match[2])
         if not match or not target:
             raise malformed()
-        self.method, self.version = match[1].decode(), f"1.{match[3].decode()}"
-        self.path, self.query = unquote_to_bytes(target[1] or b"/").decode("latin-1"), (target[2] or b"").decode()
+        self.method, self.version = match[1], f"1.{match[3]}"
+        self.path, self.query = target[1] or "/", target[2] or ""
+        if "%" in self.path:
+            self.path = unquote_to_bytes(self.path).decode("latin-1")
         headers = self.headers
-        for line in match[4].split(b"\r\n")[:-1]:
-            name, _, value = line.partition(b":")
+        for line in match[4].split("\r\n")[:-1]:
+            name, _, value = line.partition(":")
             if key := wsgi_name(name) if len(name) <= LONGEST_KEPT_NAME else new_wsgi_name(name):
-                text = value.strip(b" \t").decode("latin-1")
+                text = value.strip(" \t")
                 headers[key] = f"{headers[key]}, {text}" if key in headers else text
         # " " is no host, so it stands for none in HTTP/1.1; two Hosts have been joined with a comma and a space.
-        if not HOST_FIELD.fullmatch(headers.get("HTTP_HOST", "" if self.version == "1.0" else " ").encode("latin-1")):
+        if not HOST_FIELD.fullmatch(headers.get("HTTP_HOST", "" if self.version == "1.0" else " ")):
             raise Refusal(400, "A request has one Host.")
         if "HTTP_CONNECTION" in headers or self.version != "1.1":
             options = members(headers.get("HTTP_CONNECTION", ""))
@@ -109,7 +112,7 @@ class Request:
     def environ(self, prefix: str, address: str) -> dict[str, Any]:
         """Return the environment of WSGI (PEP 3333). prefix: the path of the app; address: that of the client."""
         path = self.path
-        if (path + "/").startswith(prefix + "/"):
+        if prefix and (path + "/").startswith(prefix + "/"):
             path = path.removeprefix(prefix)
         environ = {
             "REQUEST_METHOD": self.method,
@@ -138,10 +141,10 @@ def members(field: str) -> list[str]:
     return [member.strip(" \t").lower() for member in field.split(",")]
 
 
-def new_wsgi_name(header: bytes) -> str:
+def new_wsgi_name(header: str) -> str:
     """Return the name that WSGI has for a header; empty if it has a "_", which stands for "-" there."""
-    name = header.decode().upper().replace("-", "_")
-    return "" if b"_" in header else name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
+    name = header.upper().replace("-", "_")
+    return "" if "_" in header else name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
 
 
 wsgi_name = lru_cache(maxsize=1024)(new_wsgi_name)
@@ -268,7 +271,9 @@ class Connection:
             self.output += b"HTTP/1.1 100 Continue\r\n\r\n"
 
     def refuse(self, status: int, detail: str) -> Request:
-        """Return the request, to be answered with this before it is whole."""
+        """Return the request, to be answered with this before it is whole. What has come of its body is thrown away."""
+        self._input.clear()
+        self._chunks = None
         self.request.refusal, self.request.keeps_alive, self.awaits = Refusal(status, detail), False, "answer"
         return self.request
 
@@ -279,7 +284,7 @@ class Connection:
         """
         closes = closes or not self.request.keeps_alive
         lines = [f"HTTP/1.1 {status}"]
-        lines += [f"{name.title()}: {value}" for name, value in headers]
+        lines += [f"{name}: {value}" for name, value in headers]
         lines += ["Server: Inlet", f"Date: {http_date(int(time.time()), usegmt=True)}"]
         if self.request.method == "HEAD":
             content = b""
@@ -310,7 +315,7 @@ class Connection:
         self.request, self._looked, self._has_first_line = Request(), 0, False
         if data.count(b"\n", 0, end) > MAX_HEADER_LINES:
             raise Refusal(431, f"There are more than {MAX_HEADER_LINES} headers.")
-        self.request.read(data, end + 2)
+        self.request.read(data[: end + 2].decode("latin-1"))
         del data[: end + 4]
         self._chunks = Chunks() if self.request.length is None else None
         return True

@@ -170,7 +170,7 @@ def test_it_writes_answers(data, more, output, then, monkeypatch):
     connection = http1.Connection()
     connection.receive(data)
     assert connection.next_request()
-    connection.answer("200 OK", [("x-a", "b")], b"ok", **more)
+    connection.answer("200 OK", [("X-A", "b")], b"ok", **more)
     assert connection.output.endswith(output)
     assert connection.awaits == then
     if then == "end":
