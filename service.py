@@ -820,7 +820,7 @@ class Store:
     A thread that finds no other one writing writes everything that is queued, and commits once. The others wait for
     their own result. Then one that still waits is told to write. With 64 threads, a plain lock gave 1.8 messages a
     COMMIT, and this gives 63 (bench/threads.py). A server that has no thread for each entry puts it into the queue, and
-    calls write() and give_up_late().
+    calls write() and look_after().
 
     Batches come to the disk in their order, but single messages wait for one large batch at most.
     """
@@ -924,11 +924,12 @@ class Store:
                 self._turn.release()
                 self._tell_one()
 
-    def give_up_late(self) -> None:
-        """Once a second, give the entries whose deadline has passed the result that their outcome is unknown."""
+    def look_after(self) -> None:
+        """Once a second, tell late entries that their outcome is unknown, and the log what came in the last minute."""
         now = time.monotonic()
         if now > self._look_at:
             self._look_at = now + 1
+            self.statistics.tell()
             for entry in [*self._group, *self.queue]:
                 if entry.deadline < now:
                     self._give_up(entry, TimeoutError())
@@ -1026,12 +1027,14 @@ class Store:
 
     def _tell_one(self) -> None:
         """Tell one that waits to write, if nobody does."""
-        if not self._turn.locked():
-            with contextlib.suppress(IndexError):  # the queue is empty
+        if self.queue and not self._turn.locked():
+            with contextlib.suppress(IndexError):  # it is empty by now
                 run_safely(self.queue[0].changed)
 
     def _results(self, db: sqlite3.Connection, inserted: list[Stored | Exception]) -> list[Stored | Problem]:
         """Return the results of the group, of which some entries were inserted, and the others have an error."""
+        if not any(isinstance(found, Exception) for found in inserted):
+            return inserted  # type: ignore[return-value]
         both = list(zip(self._group, inserted, strict=True))
         keyed = [entry for entry, found in both if isinstance(found, Exception) and entry.key is not None]
         stored = dict(zip(keyed, self.database.fetch(db, [stored_under_key(entry) for entry in keyed]), strict=True))
@@ -1796,6 +1799,7 @@ class Clients:
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        req.context.body = None
         if "inlet.refusal" in req.env:  # the server could not even read it
             raise Problem(*req.env["inlet.refusal"])
         is_preflight = req.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in req.env
@@ -1821,7 +1825,7 @@ class Clients:
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
         """Count the answer, unless it is given later."""
         context = req.context
-        if "is_put_off" not in context:
+        if not getattr(context, "is_put_off", False):
             stream = resource.stream.name if isinstance(resource, ViewResource) else ""
             client = context.client.name if context.get("client") else ""
             by = sent_by(req.env, req.env.get("HTTP_IDEMPOTENCY_KEY"))
@@ -1961,6 +1965,7 @@ MAX_DEPTH = 512  # of arrays and objects: under the limit of every SQLite (1000 
 LARGE_TEXT = 16_384  # characters
 LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can write
 READ_OF_TOO_LARGE = 16 * 1024 * 1024  # bytes
+PIECE_BYTES = 65_536  # that are read of a body at once
 KEY = r"[!-~]{1,255}"
 LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the square of their number
 JSON = "application/json"
@@ -2112,7 +2117,7 @@ def read_body(environ: dict[str, Any], max_body: int) -> bytes:
     """Return the body of a request, whole; Problem 400 if it is cut short, 411 without a length, 413 if too large."""
     length, stream = environ.get("CONTENT_LENGTH"), environ["wsgi.input"]
     in_chunks = environ.get("wsgi.input_terminated") and environ.get("HTTP_TRANSFER_ENCODING")
-    if environ.get("SERVER_SOFTWARE", "").lower().startswith("granian"):
+    if in_chunks and environ.get("SERVER_SOFTWARE", "").lower().startswith("granian"):
         in_chunks = None  # granian 2.7 gives chunks that were cut short to the app as if they were the whole body
     if not length and not in_chunks:
         raise Problem(411, "Send a Content-Length.")
@@ -2124,7 +2129,9 @@ def read_body(environ: dict[str, Any], max_body: int) -> bytes:
             for _ in pieces(stream, READ_OF_TOO_LARGE):  # or other servers would close on a client that still sends
                 pass
             raise too_large(max_body)
-        data = b"".join(pieces(stream, wanted))
+        data = stream.read(min(wanted, PIECE_BYTES))
+        if len(data) < wanted:
+            data += b"".join(pieces(stream, wanted - len(data)))
     except Problem:
         raise
     except Exception:  # gunicorn has classes of its own for malformed chunks
@@ -2138,7 +2145,7 @@ def read_body(environ: dict[str, Any], max_body: int) -> bytes:
 
 def pieces(stream: IO[bytes], wanted: int) -> Iterator[bytes]:
     """Yield what a stream gives, up to so many bytes. It may raise what it likes if the client has gone."""
-    while wanted and (piece := stream.read(min(wanted, 65_536))):
+    while wanted and (piece := stream.read(min(wanted, PIECE_BYTES))):
         yield piece
         wanted -= len(piece)
 
@@ -2235,7 +2242,7 @@ def as_lines(texts: list[bytes]) -> bytes:
 
 def link(req: falcon.Request, name: str) -> str:
     """Return the path of a stream or view, below the one that the app is mounted under."""
-    return f"{quote(req.root_path)}/{name}"
+    return f"{quote(req.root_path) if req.root_path else ''}/{name}"
 
 
 def answer_to(entry: Entry, stored: Stored, url: str) -> Answer:
@@ -2343,7 +2350,7 @@ class StreamResource(ViewResource):
         if time.monotonic() > deadline:  # it has waited for others that take long to check
             raise storage_problem(TimeoutError())
         context.client.require("write", stream)
-        is_signed = "body" in context
+        is_signed = context.body is not None  # the middleware has read it, to verify its signature
         data = context.body if is_signed else read_body(environ, self._max_body)
         in_lines = is_batch(req.content_type)
         data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
@@ -2534,8 +2541,7 @@ def run_loop(
     """Serve by extras/loop.py until one of STOP_SIGNALS comes."""
 
     def after_turn() -> None:
-        store.give_up_late()
-        store.statistics.tell()
+        store.look_after()
         store.write()
 
     def lane_of(path: str, query: str) -> int:
