@@ -336,11 +336,11 @@ class Problem(Exception):
         if status == 503:
             self.headers["Retry-After"] = str(RETRY_AFTER_S)
         self._line = falcon.code_to_http_status(status)
-        self._members = {"title": self._line[4:], "status": status, "detail": detail, **members}
+        self.members = {"title": self._line[4:], "status": status, "detail": detail, **members}
 
     def answer(self) -> Answer:
         headers = [("Content-Type", "application/problem+json"), *PRIVATE, *self.headers.items()]
-        return self._line, headers, json.dumps(self._members).encode()
+        return self._line, headers, json.dumps(self.members).encode()
 
 
 def cause_of(error: Exception) -> str:
@@ -477,7 +477,8 @@ def schema_objects(db: sqlite3.Connection) -> Objects:
 class Stream:
     """What has a route: a table that takes messages, or a view. A view without ids is a report.
 
-    fields: the columns to filter by, and whether each has a type.
+    fields: the columns to filter by, and whether each has a type. has_answer: the generated column `answer` is what a
+    message is answered with.
     """
 
     name: str
@@ -485,6 +486,7 @@ class Stream:
     takes: bool = True
     has_ids: bool = True
     has_headers: bool = False
+    has_answer: bool = False
 
     @cached_property
     def insert(self) -> str:
@@ -643,7 +645,8 @@ def stream_from(db: sqlite3.Connection, table: SchemaObject, is_strict: bool) ->
         if not (name in MESSAGE_COLUMNS or column.is_generated or column.can_be_empty):
             raise SetupError(f"{table}: nothing can fill the column {name}; generate it from the body")
     fields = {column.name: bool(column.has_type) for column in columns.values() if column.is_generated}
-    stream = Stream(table.name, fields, has_headers=bool(headers))
+    has_answer = "answer" in columns and bool(columns["answer"].is_generated)
+    stream = Stream(table.name, fields, has_headers=bool(headers), has_answer=has_answer)
     require_insert(db, table, stream)
     return stream
 
@@ -746,6 +749,12 @@ def is_stream(db: sqlite3.Connection, table: str) -> bool:
 MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
+NOTE_BYTES = 65_536  # of a message that a rule refuses, in the stream `refused`
+# In hexadecimal, because it may be no UTF-8, and so that rqlite can send it.
+ANSWER = (
+    'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) FROM "{}" AS t WHERE t.id = :id AND t.answer NOT NULL'
+)
+LISTED_LINES = 100  # refused ones of a lenient batch, in its answer
 ROWS_OF_BATCHES = 1000  # in one COMMIT, unless one batch has more: single messages wait for all of them
 
 # What a client reads, by SQLite's name of the error. {said} are SQLite's words, {text} the same without the table's
@@ -777,6 +786,8 @@ class Stored(NamedTuple):
     received_at: str
     number: int = 1  # of messages
     replayed: bool = False
+    answer: tuple[bytes, bool] | None = None  # what the column `answer` says, and whether that is JSON
+    refused: tuple[dict[str, Any], ...] = ()  # lines of a lenient batch
 
 
 def nothing() -> None:
@@ -788,16 +799,19 @@ class Entry:
     """What one request wants written into a stream: JSON texts that have been checked.
 
     Without any, it only tests whether a write works. lines: the number of the line of each body, if it is a batch. key
-    stands for all bodies. deadline, a time.monotonic(), is when the client gets its 503. changed is called when there
-    is a result, or when somebody has to call Store.write().
+    stands for all bodies. refused: of a lenient batch, in which each line stands for itself, those that are no JSON.
+    line: its number, if it is such a line. deadline, a time.monotonic(), is when the client gets its 503. changed is
+    called when there is a result, or when somebody has to call Store.write().
     """
 
     stream: Stream
     client: str = ""
     key: str | None = None
     bodies: list[str] = field(default_factory=list)
-    headers: tuple[str, ...] = ()  # the request's, as one JSON object, if the stream has a column for them
+    headers: tuple[str | None, ...] = ()  # the request's, as one JSON object, if the stream has a column for them
     lines: list[int] = field(default_factory=list)
+    refused: list[dict[str, Any]] | None = None
+    line: int = 0
     signed: bool = False  # then a known key gets its first answer, even with another body
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
     ordinal: int = 1  # of the body that was inserted last
@@ -831,6 +845,7 @@ class Store:
         self.statistics = Statistics(stream.name for stream in schema.streams.values() if stream.takes)
         self.queue: deque[Entry] = deque()  # entries that nobody writes yet
         self._group: list[Entry] = []  # what is being written
+        self._notes: list[tuple[Entry, Entry]] = []  # entries of it that rules refuse, and what is to be kept of them
         self._turn = threading.Lock()  # of the thread that writes
         self._look_at = 0.0  # for entries whose deadline has passed
         self._schema_look_at, self._schema_version = 0.0, (0, -1)  # does the database still have this schema?
@@ -941,7 +956,10 @@ class Store:
             with self.database.transaction(min((entry.deadline for entry in waiting), default=began)) as db:
                 self._require_schema(db)
                 self._take_group()
-                results = self._results(db, self.database.insert(db, self._group, self._clock()))
+                received_at = self._clock()
+                results = self._results(db, self._group, received_at)
+                self._keep_notes(db, received_at)
+                results = self._with_answers(db, results)
             new = [each.number for each in results if isinstance(each, Stored) and not each.replayed]
             self.statistics.committed(time.monotonic() - began, sum(new))
             for entry, result in zip(self._group, results, strict=True):
@@ -1031,18 +1049,90 @@ class Store:
             with contextlib.suppress(IndexError):  # it is empty by now
                 run_safely(self.queue[0].changed)
 
-    def _results(self, db: sqlite3.Connection, inserted: list[Stored | Exception]) -> list[Stored | Problem]:
-        """Return the results of the group, of which some entries were inserted, and the others have an error."""
+    def _results(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Problem]:
+        """Insert entries, and return their results. What a rule refuses may be a replay, or a lenient batch."""
+        inserted = self.database.insert(db, entries, received_at)
         if not any(isinstance(found, Exception) for found in inserted):
             return inserted  # type: ignore[return-value]
-        both = list(zip(self._group, inserted, strict=True))
+        both = list(zip(entries, inserted, strict=True))
         keyed = [entry for entry, found in both if isinstance(found, Exception) and entry.key is not None]
         stored = dict(zip(keyed, self.database.fetch(db, [stored_under_key(entry) for entry in keyed]), strict=True))
         results: list[Stored | Problem] = []
         for entry, found in both:
             if isinstance(found, Exception):
                 found = self._replay(entry, stored.get(entry, [])) or self._refusal(entry, found)
+                if isinstance(found, Problem) and found.status < 500:
+                    if entry.refused is None:
+                        self._note(entry, found)
+                    else:
+                        found = self._line_by_line(db, entry, received_at)
             results.append(found)
+        return results
+
+    def _line_by_line(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
+        """Return the result of a lenient batch, each of whose lines is inserted or refused alone."""
+        lines = [
+            Entry(entry.stream, entry.client, key_of_body(entry.key, n), [body], entry.headers, [], None, line)
+            for n, (body, line) in enumerate(zip(entry.bodies, entry.lines, strict=True), 1)
+        ]
+        noted = len(self._notes)
+        try:
+            results = self._results(db, lines, received_at)
+        except Undone as undone:
+            raise Undone(entry, undone.error) from None
+        self._notes[noted:] = [(entry, note) for _, note in self._notes[noted:]]
+        stored, refused = [], []
+        for line, result in zip(entry.lines, results, strict=True):
+            if isinstance(result, Stored):
+                stored.append(result)
+            elif result.status < 500:
+                refused.append({"line": line, "status": result.status, "detail": result.detail})
+            else:
+                return result  # with an unknown outcome, for all lines
+        if not stored:
+            return Stored(0, 0, received_at, 0, refused=tuple(refused))
+        first, last = min(each.first_id for each in stored), max(each.last_id for each in stored)
+        replayed = all(each.replayed for each in stored)
+        return Stored(first, last, stored[0].received_at, len(stored), replayed, refused=tuple(refused))
+
+    def _note(self, entry: Entry, problem: Problem) -> None:
+        """Remember what a rule refuses, for the stream `refused`, if the schema has it."""
+        kept_in = self.schema.streams.get("refused")
+        if not kept_in or not kept_in.takes or entry.stream is kept_in:
+            return
+        line = problem.members.get("line")
+        text = entry.bodies[entry.ordinal - 1] if line or not entry.lines else "\n".join(entry.bodies)
+        body = {"stream": entry.stream.name, "status": problem.status, "detail": problem.detail, "line": line}
+        body |= {"key": entry.key, "body": text.encode()[:NOTE_BYTES].decode(errors="ignore")}
+        headers = (entry.headers or (None,)) if kept_in.has_headers else ()
+        self._notes.append((entry, Entry(kept_in, entry.client, None, [json.dumps(body, ensure_ascii=False)], headers)))
+
+    def _keep_notes(self, db: sqlite3.Connection, received_at: str) -> None:
+        """Insert what is remembered. The entry whose note undoes the transaction has then undone it."""
+        owners, self._notes = {note: entry for entry, note in self._notes}, []
+        if not owners:
+            return
+        try:
+            for found in self.database.insert(db, list(owners), received_at):
+                if isinstance(found, Exception):
+                    log.error("what was refused cannot be kept in the stream refused: %s", found)
+        except Undone as undone:
+            raise Undone(owners[undone.entry], undone.error) from None
+
+    def _with_answers(self, db: sqlite3.Connection, results: list[Stored | Problem]) -> list[Stored | Problem]:
+        """Return results with what the column `answer` of their rows says."""
+        asked = {
+            n: (ANSWER.format(entry.stream.name), {"id": result.first_id})
+            for n, (entry, result) in enumerate(zip(self._group, results, strict=True))
+            if entry.stream.has_answer and entry.bodies and not entry.lines and isinstance(result, Stored)
+        }
+        if not asked:
+            return results
+        for n, rows in zip(asked, self.database.fetch(db, list(asked.values())), strict=True):
+            if isinstance(rows, Exception):
+                log.error("an answer of %s cannot be read: %s", self._group[n].stream.name, rows)
+            elif rows:
+                results[n] = results[n]._replace(answer=(bytes.fromhex(rows[0][0]), bool(rows[0][1])))  # type: ignore[union-attr]
         return results
 
     def _replay(self, entry: Entry, rows: list[tuple] | Exception) -> Stored | Problem | None:
@@ -1070,8 +1160,8 @@ class Store:
         text = re.sub(rf"\b{entry.stream.name}\.", "", said, flags=re.IGNORECASE)
         words = words.format(said=said, text=text, subject=text.rpartition(": ")[2].removeprefix("index "))
         members: dict[str, Any] = {"stream": entry.stream.name}
-        if entry.lines:
-            members["line"] = entry.lines[entry.ordinal - 1]
+        if entry.line or entry.lines:
+            members["line"] = entry.line or entry.lines[entry.ordinal - 1]
         return Problem(status, self.schema.sentences.get(fold(said), words), **members)
 
     # Reading
@@ -1163,7 +1253,13 @@ def stored_under_key(entry: Entry) -> tuple[str, dict[str, Any]]:
         " WHERE t.client COLLATE BINARY = :client AND (t.key COLLATE BINARY = :key"
         " OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end) ORDER BY t.id LIMIT :most",
         # The keys of a batch are between `key ` and `key!`. One row too many shows that it was something else.
-        {"client": entry.client, "key": entry.key, "first": f"{entry.key} ", "end": f"{entry.key}!"}
+        # A line of a lenient batch is alone.
+        {
+            "client": entry.client,
+            "key": entry.key,
+            "first": f"{entry.key} ",
+            "end": "" if entry.line else f"{entry.key}!",
+        }
         | {"most": -1 if entry.signed else len(entry.bodies) + 1},
     )
 
@@ -1358,9 +1454,9 @@ class Database:
         """Insert the rows of entries. An error that is returned has undone only its entry; any other is raised."""
         return [self._insert(db, entry, received_at) for entry in entries]
 
-    def fetch(self, db: sqlite3.Connection, queries: list[tuple[str, dict]]) -> list[list[tuple]]:
-        """Return the rows of each query."""
-        return [db.execute(*query).fetchall() for query in queries]
+    def fetch(self, db: sqlite3.Connection, queries: list[tuple[str, dict]]) -> list[list[tuple] | sqlite3.Error]:
+        """Return the rows of each query, or its error."""
+        return [rows_or_error(db, *query) for query in queries]
 
     def _insert(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Exception:
         if not entry.bodies:
@@ -1616,6 +1712,13 @@ class Database:
         return source
 
 
+def rows_or_error(db: sqlite3.Connection, sql: str, values: dict) -> list[tuple] | sqlite3.Error:
+    try:
+        return db.execute(sql, values).fetchall()
+    except sqlite3.Error as error:
+        return error
+
+
 def identity(path: str | Path) -> list[int] | None:
     """Return [device, inode] of a file, or None if there is none."""
     with contextlib.suppress(FileNotFoundError):
@@ -1754,6 +1857,7 @@ CLIENTS_TABLE = """CREATE TABLE clients (
 ) STRICT"""
 # What says whether the clients have changed. It begins at random, so that no two databases have the same.
 CLIENTS_VERSION = "SELECT v.version, EXISTS (SELECT 1 FROM clients AS c) FROM clients_version AS v"
+KEY_IS_BODY = "key:body"  # among the grants of a client that can send no key: the digest of a body is its key
 ADD_CLIENT = """INSERT INTO clients (name, token, can, made_at, signs, secret)
     VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 SEND_A_TOKEN = "Send a token: Authorization: Bearer TOKEN."
@@ -1795,6 +1899,7 @@ class Clients:
         self._by_digest: dict[str, Client] = {}
         senders = extra("senders")
         self.senders = senders.Senders() if senders else None  # that sign
+        self._token_headers: frozenset[str] = senders.TOKEN_HEADERS if senders else frozenset()
         self._read_at = self._missed_at = -CLIENTS_REFRESH_S
         self._failure: Exception | None = None
 
@@ -1837,26 +1942,24 @@ class Clients:
             resp.append_header("Vary", "Origin")
 
     def authenticate(self, environ: dict[str, Any]) -> Client | None:
-        """Return the client whose token is in a request: Bearer (RFC 6750), or Basic (RFC 7617) with the token as its
-        password. None for a POST that is signed: its body says who sent it.
+        """Return the client whose token is in a request. None for a POST that is signed: its body says who sent it.
 
-        Raises Problem 401, or 503 if the clients cannot be read.
+        Raises Problem 401, 400 if it has two tokens, or 503 if the clients cannot be read.
         """
         if time.monotonic() >= self._read_at + CLIENTS_REFRESH_S:
             self.read()
         if self._failure:
             raise Problem(503, f"{cause_of(self._failure)} Nothing was stored: try again.")
         authorization = environ.get("HTTP_AUTHORIZATION")
-        if not authorization:
+        token = token_in(authorization) if authorization else ""
+        if not environ.keys().isdisjoint(self._token_headers):
+            token = extra("senders").one_token(environ, token)
+        if not authorization and not token:
             if environ["REQUEST_METHOD"] == "POST" and self.senders and self.senders.know(environ):
                 return None
             raise no_token(environ, self.senders.unknown(environ) if self.senders else "")
-        scheme, _, credentials = authorization.partition(" ")
-        scheme, credentials = scheme.lower(), credentials.strip(" ")
-        if scheme not in ("bearer", "basic"):
-            raise Problem(401, "Send Authorization: Bearer TOKEN, or Basic with the token as password.", INVALID_TOKEN)
         # What is looked up is a digest: how long that takes says nothing about how much of a token is right.
-        digest = digest_of(password_in(credentials) if scheme == "basic" else credentials)
+        digest = digest_of(token)
         if digest not in self._by_digest and time.monotonic() > self._missed_at + CLIENTS_RETRY_S:
             began = time.monotonic()
             self.read()  # it may be new
@@ -1950,6 +2053,15 @@ def digest_of(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def token_in(authorization: str) -> str:
+    """Return the token in Authorization: Bearer (RFC 6750), or Basic (RFC 7617) with it as password; or Problem 401."""
+    scheme, _, credentials = authorization.partition(" ")
+    scheme, credentials = scheme.lower(), credentials.strip(" ")
+    if scheme not in ("bearer", "basic"):
+        raise Problem(401, "Send Authorization: Bearer TOKEN, or Basic with the token as password.", INVALID_TOKEN)
+    return password_in(credentials) if scheme == "basic" else credentials
+
+
 def password_in(credentials: str) -> str:
     """Return the password in the credentials of a Basic Authorization header; empty if there is none."""
     try:
@@ -1969,7 +2081,9 @@ PIECE_BYTES = 65_536  # that are read of a body at once
 KEY = r"[!-~]{1,255}"
 LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the square of their number
 JSON = "application/json"
-NDJSON_TYPES = ("application/x-ndjson", "application/jsonl", "application/ndjson")
+NDJSON = "application/x-ndjson"
+NDJSON_TYPES = (NDJSON, "application/jsonl", "application/ndjson")
+FORM = "application/x-www-form-urlencoded"  # for extras/senders.py
 ACCEPTED_TYPES = [JSON, "application/*+json", *NDJSON_TYPES]
 HEADERS = ("HTTP_", "CONTENT_TYPE", "CONTENT_LENGTH")  # what they begin with in WSGI
 # Such a header is never kept. Most that end with KEY are secrets: API_KEY, ACCESS_KEY, SUBSCRIPTION_KEY.
@@ -1997,13 +2111,14 @@ def refuse_constant(name: str) -> NoReturn:
 JSON_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)
 
 
-def json_texts(data: bytes, is_batch: bool) -> tuple[list[str], list[int]]:
+def json_texts(data: bytes, is_batch: bool, refused: list[dict] | None = None) -> tuple[list[str], list[int]]:
     """Return a body as text if it is JSON as RFC 8259 has it; of a batch, its messages and the numbers of their lines.
 
-    Problem 400 (with line and column) or 413 if not. Blank lines are left out, but counted.
+    Problem 400 (with line and column) or 413 if not. Blank lines are left out, but counted. Lines of a lenient batch
+    that are no JSON are put into refused.
     """
     try:
-        text = data.decode()
+        text = data.decode(errors="strict" if refused is None else "surrogateescape")
     except UnicodeDecodeError as error:
         raise json_problem("it is not UTF-8", data[: error.start].decode()) from None
     if not is_batch:
@@ -2018,9 +2133,22 @@ def json_texts(data: bytes, is_batch: bool) -> tuple[list[str], list[int]]:
         raise Problem(400, "The batch is empty.")
     if len(numbered) > LARGEST_BATCH:
         raise Problem(413, f"The batch has more than {LARGEST_BATCH} messages.", limit=LARGEST_BATCH)
-    for line, number in numbered:
+    found = [line for line in numbered if is_json(*line, refused)]
+    return [line for line, _ in found], [number for _, number in found]
+
+
+def is_json(line: str, number: int, refused: list[dict] | None) -> bool:
+    """Is a line of a batch JSON? Problem 400 if not, or, of a lenient batch, it is put into refused."""
+    try:
+        if refused is not None and not line.isascii() and re.search("[\udc80-\udcff]", line):
+            raise json_problem("it is not UTF-8", "", number)
         require_json(line, number)
-    return [line for line, _ in numbered], [number for _, number in numbered]
+    except Problem as problem:
+        if refused is None:
+            raise
+        refused.append({"line": number, "status": problem.status, "detail": problem.detail})
+        return False
+    return True
 
 
 def require_json(text: str, first_line: int = 1) -> None:
@@ -2073,18 +2201,26 @@ def json_problem(reason: str, text_before: str, first_line: int = 1) -> Problem:
     return Problem(400, f"The body is not JSON: {reason}, line {line} column {column}.", line=line, column=column)
 
 
-def is_batch(content_type: str | None) -> bool:
-    """Does a Content-Type say one message on each line (NDJSON)? Problem 415 if it does not say JSON in UTF-8."""
+def kind_of(content_type: str | None) -> str:
+    """Return what a Content-Type says: JSON, NDJSON (one message on each line) or FORM. Problem 415 if another one."""
     if content_type == JSON:  # what nearly all send
-        return False
+        return JSON
     kind, options = falcon.parse_header((content_type or "")[:LONGEST_MEDIA_TYPE])
-    batch = kind.lower() in NDJSON_TYPES
-    is_json = batch or re.fullmatch(r"application/json|[\w.-]+/[\w.+-]+\+json", kind, re.IGNORECASE | re.ASCII)
+    kind, forms = kind.lower(), [FORM] if extra("senders") else []
     in_utf_8 = options.get("charset", "utf-8").lower() in ("utf-8", "utf8", "us-ascii")
-    if not is_json or not in_utf_8 or len(content_type or "") > LONGEST_MEDIA_TYPE:
-        detail = "Send one message as application/json (or any +json), many as application/x-ndjson, in UTF-8."
-        raise Problem(415, detail, {"Accept-Post": ", ".join(ACCEPTED_TYPES)}, accepted=ACCEPTED_TYPES)
-    return batch
+    if in_utf_8 and len(content_type or "") <= LONGEST_MEDIA_TYPE:
+        if kind in (*NDJSON_TYPES, *forms):
+            return FORM if kind in forms else NDJSON
+        if re.fullmatch(r"application/(?:json|csp-report)|[\w.-]+/[\w.+-]+\+json", kind, re.ASCII):
+            return JSON
+    accepted = ACCEPTED_TYPES + forms
+    detail = "Send one message as application/json (or any +json), many as application/x-ndjson, in UTF-8"
+    raise Problem(415, f"{detail}, and not as {shown(kind)}.", {"Accept-Post": ", ".join(accepted)}, accepted=accepted)
+
+
+def is_lenient(prefer: str) -> bool:
+    """Does a header Prefer ask for handling=lenient? RFC 7240, 4.4"""
+    return bool(re.search(r'(?:^|,)\s*handling\s*=\s*"?lenient\b', prefer, re.IGNORECASE))
 
 
 def without_gzip(data: bytes, coding: str | None, max_body: int) -> bytes:
@@ -2250,11 +2386,22 @@ def answer_to(entry: Entry, stored: Stored, url: str) -> Answer:
     headers = [("Content-Type", JSON), *PRIVATE]
     if stored.replayed:
         headers.append(("Idempotent-Replayed", "true"))
-    if entry.lines:
-        ids = f'"count": {stored.number}, "first_id": {stored.first_id}, "last_id": {stored.last_id}'
+    if entry.lines or entry.refused is not None:
+        first, last = stored.first_id or "null", stored.last_id or "null"
+        ids = f'"count": {stored.number}, "first_id": {first}, "last_id": {last}'
+        if entry.refused is not None:
+            refused = sorted([*entry.refused, *stored.refused], key=lambda each: each["line"])
+            if refused:
+                log.info("%d lines of %s were refused", len(refused), shown(entry.client))
+            headers.append(("Preference-Applied", "handling=lenient"))
+            ids += f', "refused": {json.dumps(refused[:LISTED_LINES])}'
     else:
         ids = f'"id": {stored.first_id}'
         headers.append(("Location", f"{url}/{stored.first_id}"))
+    if stored.answer:
+        content, is_text_json = stored.answer
+        headers[0] = ("Content-Type", JSON if is_text_json else "text/plain; charset=utf-8")
+        return "200 OK", headers, content
     return "201 Created", headers, f'{{{ids}, "received_at": "{stored.received_at}"}}'.encode()
 
 
@@ -2279,7 +2426,7 @@ class ViewResource:
             resp.set_header("Link", f'<{next_page}>; rel="next"')
             member, tail = b"messages", f', "next": {json_string(next_page)}'.encode()
         if is_ndjson:
-            resp.content_type, resp.data = NDJSON_TYPES[0], as_lines(texts)
+            resp.content_type, resp.data = NDJSON, as_lines(texts)
         else:
             resp.data = b'{"%b": [%b]%b}' % (member, b", ".join(texts), tail)
 
@@ -2319,7 +2466,7 @@ class ViewResource:
             raise Problem(404, "There is no message with this id.", stream=self.stream.name)
         resp.data = envelope(row)
         if is_ndjson:
-            resp.content_type, resp.data = NDJSON_TYPES[0], as_lines([resp.data])
+            resp.content_type, resp.data = NDJSON, as_lines([resp.data])
 
     on_head = on_get
     on_head_message = on_get_message
@@ -2352,12 +2499,23 @@ class StreamResource(ViewResource):
         context.client.require("write", stream)
         is_signed = context.body is not None  # the middleware has read it, to verify its signature
         data = context.body if is_signed else read_body(environ, self._max_body)
-        in_lines = is_batch(req.content_type)
+        kind = kind_of(req.content_type)
         data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
-        texts, lines = json_texts(data, in_lines)
-        key = context.key_of(texts[0]) if is_signed else idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY"))
+        if kind == FORM:
+            data = extra("senders").form_as_json(data)
+        refused: list[dict[str, Any]] | None = (
+            [] if kind == NDJSON and is_lenient(environ.get("HTTP_PREFER", "")) else None
+        )
+        texts, lines = json_texts(data, kind == NDJSON, refused)
+        key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY")) if not is_signed else None
+        if is_signed and texts:
+            key = context.key_of(texts[0])
+        if key is None and KEY_IS_BODY in context.client.grants:
+            key = digest_of(data.decode(errors="replace"))
         headers = (kept_headers(environ, len(texts)),) if stream.has_headers else ()
-        return Entry(stream, context.client.name, key, texts, headers, lines, is_signed, deadline)
+        return Entry(
+            stream, context.client.name, key, texts, headers, lines, refused, signed=is_signed, deadline=deadline
+        )
 
     def _late_answer(self, entry: Entry, url: str, address: str | None, claim: str | None) -> Answer | None:
         """Return the answer to an entry, if it has its result, and count it."""
@@ -2661,6 +2819,8 @@ def parser() -> argparse.ArgumentParser:
     signs = "client add: the sender signs its messages by this scheme (extras/senders.py); prints its secret"
     top.add_argument("--signs", metavar="SCHEME", help=signs)
     top.add_argument("--secret", metavar="-", choices="-", help="client add --signs: read the secret from stdin")
+    body = "client add: the same body is one message for ever, for a sender that can send no key"
+    top.add_argument("--key", choices=["body"], help=body)
     top.add_argument("--replace", action="store_true", help="let backup replace a file")
     top.add_argument("--version", action="version", version=f"Inlet {__version__}")
     return top
@@ -2732,7 +2892,9 @@ def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -
         raise SetupError("NAME takes up to 64 letters, digits, '.', '_', '-' and '@'")
     of_old = db.execute("SELECT c.can FROM clients AS c WHERE c.name = ? ORDER BY c.made_at DESC", (name,)).fetchone()
     can = options.can or (of_old[0].split() if of_old else ["write", "read"])
-    require_grants(db, can)
+    if options.key and KEY_IS_BODY not in can:
+        can.append(KEY_IS_BODY)
+    require_grants(db, [grant for grant in can if grant != KEY_IS_BODY])
     if options.secret and not options.signs:
         raise SetupError("--secret is for a sender with --signs")
     secret = secrets.token_urlsafe(32)

@@ -1,7 +1,7 @@
-"""Senders that sign their messages: GitHub, Stripe, Shopify, and all that follow Standard Webhooks.
+"""Senders that cannot send `Authorization: Bearer`, or JSON: they sign, have a header of their own, or send forms.
 
-A client with a scheme has a secret in place of a token. A POST that has the signature header of the scheme, and no
-Authorization, is checked against the clients of that scheme: HMAC-SHA256 of the body as it was sent. What identifies
+Signatures. A client with a scheme has a secret in place of a token. A POST that has the signature header of the scheme,
+and no token, is checked against the clients of that scheme: HMAC-SHA256 of the body as it was sent. What identifies
 the delivery is the key of its message, so that a redelivery is a replay.
 """
 
@@ -15,9 +15,16 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
-from service import KEY, Client, SetupError, digest_of
+from service import KEY, Client, Problem, SetupError, digest_of
 
+# Each may have the token in place of Authorization.
+TOKEN_HEADERS = frozenset(
+    ("HTTP_X_API_KEY", "HTTP_X_GITLAB_TOKEN", "HTTP_X_TELEGRAM_BOT_API_SECRET_TOKEN", "HTTP_X_AMZ_FIREHOSE_ACCESS_KEY")
+)
+
+MOST_FIELDS = 1000  # of a form
 SIGNED_WITHIN_S = 300  # for schemes that sign a time
 SHORTEST_SECRET = 8  # bytes
 MOST_SIGNATURES = 8  # in one header
@@ -29,10 +36,12 @@ class Scheme(NamedTuple):
     signature_header: str  # that has signatures
     signature: str  # the pattern of one of them
     encode: Callable[[bytes], bytes]  # how it is written
-    signed_prefix: str  # before the body: {time} is that of the signature, {id} is that of the delivery
-    time: tuple[str, str] | None  # a header and a pattern
-    delivery_header: str | None  # the header that names the delivery; None: the body's member id
-    secret_prefix: str  # what our secrets begin with
+    signed_prefix: str = ""  # before the body: {time} is that of the signature, {id} is that of the delivery
+    time: tuple[str, str] | None = None  # a header and a pattern
+    delivery: tuple[str, ...] = ()  # the headers that can name the delivery: the first that is there does
+    delivery_member: str = ""  # of the body, if no header names it
+    secret_prefix: str = ""  # what secrets begin with that are in base64
+    is_ours: bool = True  # may we choose the secret?
 
     def hmac_key(self, secret: str) -> bytes:
         """Return the HMAC key in the text of a secret; ValueError if it is malformed."""
@@ -41,17 +50,34 @@ class Scheme(NamedTuple):
         return secret.encode()
 
 
+BASE64, HEX, SECONDS = base64.b64encode, binascii.hexlify, r"^(\d{1,18})$"
 SCHEMES = {
-    "standard": Scheme(  # https://www.standardwebhooks.com
-        "HTTP_WEBHOOK_SIGNATURE", r"(?<!\S)v1,(\S+)", base64.b64encode, "{id}.{time}.",
-        ("HTTP_WEBHOOK_TIMESTAMP", r"^(\d{1,18})$"), "HTTP_WEBHOOK_ID", "whsec_"),
-    "github": Scheme(  # https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
-        "HTTP_X_HUB_SIGNATURE_256", r"^sha256=(\S+)$", binascii.hexlify, "", None, "HTTP_X_GITHUB_DELIVERY", ""),
-    "stripe": Scheme(  # https://docs.stripe.com/webhooks#verify-manually
-        "HTTP_STRIPE_SIGNATURE", r"(?:^|,)v1=([^,\s]+)", binascii.hexlify, "{time}.",
-        ("HTTP_STRIPE_SIGNATURE", r"(?:^|,)t=(\d{1,18})(?:,|$)"), None, ""),
-    "shopify": Scheme(  # https://shopify.dev/docs/apps/build/webhooks/subscribe/https
-        "HTTP_X_SHOPIFY_HMAC_SHA256", r"^(\S+)$", base64.b64encode, "", None, "HTTP_X_SHOPIFY_WEBHOOK_ID", ""),
+    # https://www.standardwebhooks.com
+    "standard": Scheme("HTTP_WEBHOOK_SIGNATURE", r"(?<!\S)v1,(\S+)", BASE64, "{id}.{time}.",
+        ("HTTP_WEBHOOK_TIMESTAMP", SECONDS), ("HTTP_WEBHOOK_ID",), secret_prefix="whsec_"),
+    # https://docs.svix.com/receiving/verifying-payloads/how-manual
+    "svix": Scheme("HTTP_SVIX_SIGNATURE", r"(?<!\S)v1,(\S+)", BASE64, "{id}.{time}.",
+        ("HTTP_SVIX_TIMESTAMP", SECONDS), ("HTTP_SVIX_ID",), secret_prefix="whsec_", is_ours=False),
+    # https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries, also for Gitea, Forgejo and Meta
+    "github": Scheme("HTTP_X_HUB_SIGNATURE_256", r"^sha256=(\S+)$", HEX,
+        delivery=("HTTP_X_GITHUB_DELIVERY", "HTTP_X_FORGEJO_DELIVERY", "HTTP_X_GITEA_DELIVERY")),
+    # https://docs.stripe.com/webhooks#verify-manually
+    "stripe": Scheme("HTTP_STRIPE_SIGNATURE", r"(?:^|,)v1=([^,\s]+)", HEX, "{time}.",
+        ("HTTP_STRIPE_SIGNATURE", r"(?:^|,)t=(\d{1,18})(?:,|$)"), delivery_member="id", is_ours=False),
+    # https://shopify.dev/docs/apps/build/webhooks/subscribe/https
+    "shopify": Scheme("HTTP_X_SHOPIFY_HMAC_SHA256", r"^(\S+)$", BASE64,
+        delivery=("HTTP_X_SHOPIFY_WEBHOOK_ID",), is_ours=False),
+    # https://docs.slack.dev/authentication/verifying-requests-from-slack
+    "slack": Scheme("HTTP_X_SLACK_SIGNATURE", r"^v0=(\S+)$", HEX, "v0:{time}:",
+        ("HTTP_X_SLACK_REQUEST_TIMESTAMP", SECONDS), delivery_member="event_id", is_ours=False),
+    # https://developers.zoom.us/docs/api/webhooks/#verify-with-zooms-header
+    "zoom": Scheme("HTTP_X_ZM_SIGNATURE", r"^v0=(\S+)$", HEX, "v0:{time}:",
+        ("HTTP_X_ZM_REQUEST_TIMESTAMP", SECONDS), is_ours=False),
+    # https://support.atlassian.com/bitbucket-cloud/docs/manage-webhooks
+    "bitbucket": Scheme("HTTP_X_HUB_SIGNATURE", r"^sha256=(\S+)$", HEX, delivery=("HTTP_X_REQUEST_UUID",)),
+    # https://woocommerce.com/document/webhooks
+    "woocommerce": Scheme("HTTP_X_WC_WEBHOOK_SIGNATURE", r"^(\S+)$", BASE64,
+        delivery=("HTTP_X_WC_WEBHOOK_DELIVERY_ID",)),
 }  # fmt: skip
 
 
@@ -71,11 +97,11 @@ class Senders:
 
     def know(self, environ: dict[str, Any]) -> bool:
         """Has a request a signature of a scheme that a client has?"""
-        return scheme_of(environ) in self._by_scheme
+        return self._scheme_of(environ) in self._by_scheme
 
     def unknown(self, environ: dict[str, Any]) -> str:
         """Return what the log says of a request that nobody here has signed; empty if it has no signature."""
-        scheme = scheme_of(environ)
+        scheme = self._scheme_of(environ)
         return f"It is signed ({scheme}), but no client here signs like that." if scheme else ""
 
     def verify(self, environ: dict[str, Any], body: bytes) -> tuple[Client, Callable[[str], str | None]]:
@@ -83,10 +109,10 @@ class Senders:
 
         Raises ValueError if there is none, or, where the scheme signs a time, if that is not of now.
         """
-        name = scheme_of(environ) or ""
+        name = self._scheme_of(environ)
         scheme = SCHEMES[name]
         given = [text.encode("latin-1") for text in re.findall(scheme.signature, environ[scheme.signature_header])]
-        delivery, signed_at = environ.get(scheme.delivery_header or "", ""), ""
+        delivery, signed_at = next((environ[name] for name in scheme.delivery if name in environ), ""), ""
         if scheme.time:
             header, pattern = scheme.time
             found = re.search(pattern, environ.get(header, ""), re.ASCII)
@@ -98,26 +124,58 @@ class Senders:
             for key, client in self._by_scheme.get(name, ()):
                 expected = scheme.encode(hmac.digest(key, signed, "sha256"))
                 if any(hmac.compare_digest(expected, signature) for signature in given[:MOST_SIGNATURES]):
-                    return client, partial(key_of_delivery, delivery if scheme.delivery_header else None)
+                    return client, partial(key_of_delivery, delivery, scheme.delivery_member)
         raise ValueError(f"The signature ({name}) is not valid here.")
 
+    def _scheme_of(self, environ: dict[str, Any]) -> str:
+        """Return the scheme by which a request is signed, if it can be, one that a client has; empty if it is not."""
+        found = [name for name, scheme in SCHEMES.items() if scheme.signature_header in environ]
+        return next((name for name in found if name in self._by_scheme), found[0] if found else "")
 
-def scheme_of(environ: dict[str, Any]) -> str | None:
-    """Return the name of the scheme by which a request is signed, or None."""
-    return next((name for name, scheme in SCHEMES.items() if scheme.signature_header in environ), None)
 
-
-def key_of_delivery(delivery: str | None, text: str) -> str | None:
-    """Return the key for a delivery, which a header names, or if that is None, the member id of the message.
+def key_of_delivery(delivery: str, member: str, text: str) -> str | None:
+    """Return the key for a delivery, which a header names, or else a member of the message.
 
     It is that name, or its digest if it is not a valid key, or None if it is empty.
     """
-    if delivery is None:
+    if member:
         message = json.loads(text, parse_int=float)
-        delivery = message.get("id") if isinstance(message, dict) else ""
-    if not isinstance(delivery, str) or not delivery:
+        named = message.get(member) if isinstance(message, dict) else ""
+        delivery = named if isinstance(named, str) else ""
+    if not delivery:
         return None
     return delivery if re.fullmatch(KEY, delivery) else digest_of(delivery)
+
+
+def one_token(environ: dict[str, Any], token: str) -> str:
+    """Return the token in a request, of which the one in Authorization is known; Problem 400 if it has several."""
+    tokens = {environ[name] for name in TOKEN_HEADERS & environ.keys()} | {token}
+    tokens.discard("")
+    if len(tokens) > 1:
+        raise Problem(400, "The request has two different tokens.")
+    return tokens.pop() if tokens else ""
+
+
+def form_as_json(form: bytes) -> bytes:
+    """Return the fields of a form as a JSON object of texts, with an array where a name comes several times.
+
+    Problem 400 if it is not in UTF-8, 413 if it has too many fields. https://url.spec.whatwg.org/#urlencoded-parsing
+    """
+    if form.count(b"&") >= MOST_FIELDS:
+        raise Problem(413, f"The form has more than {MOST_FIELDS} fields.", limit=MOST_FIELDS)
+    try:
+        pairs = parse_qsl(form.decode(), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise Problem(400, "The form is not UTF-8.") from None
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name not in fields:
+            fields[name] = value
+        elif isinstance(fields[name], list):
+            fields[name].append(value)
+        else:
+            fields[name] = [fields[name], value]
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def secret_for(name: str, given: str | None) -> str:
@@ -128,6 +186,8 @@ def secret_for(name: str, given: str | None) -> str:
     if name not in SCHEMES:
         raise SetupError(f"--signs takes one of {', '.join(SCHEMES)}, not {name!r}")
     scheme = SCHEMES[name]
+    if given is None and not scheme.is_ours:
+        raise SetupError(f"the secret of the scheme {name} is made by the sender: --secret - reads it from stdin")
     if given is None:
         return scheme.secret_prefix + base64.b64encode(secrets.token_bytes(32)).decode()
     try:
