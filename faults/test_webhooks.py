@@ -16,8 +16,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import slack_sdk.signature
 import standardwebhooks
 import stripe
+import svix.webhooks
 from common import Server, database
 from deployed import DEPLOY, adapted, free_port, running
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,6 +30,7 @@ from test_service import AUTHORIZATION, DEADLINE_S, READING, eventually, run, se
 # https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries#testing-the-webhook-payload-validation
 GITHUB_SECRET, GITHUB_BODY = "It's a Secret to Everybody", b"Hello, World!"
 GITHUB_DIGEST = "757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
+SVIX_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 SCHEMA = stream_sql("messages", ", headers TEXT, event TEXT AS (headers ->> 'x-github-event')") + stream_sql("other")
 
 
@@ -111,7 +114,8 @@ def secret_path(server: Server):
     """nginx with deploy/webhooks.conf in front of a server; yields (host, port). The path is /hook-Zk3."""
     folder, port, token = server.folder, free_port(), AUTHORIZATION["Authorization"]
     changes = [("listen 8090;", f"listen 127.0.0.1:{port};"), ("THE-SECRET-PATH", "hook-Zk3")]
-    adapted("webhooks.conf", folder, *changes, ("Bearer THE-TOKEN", token))
+    changes += [("THE-VERIFY-TOKEN", "verify-me"), ("Bearer THE-TOKEN", token)]
+    adapted("webhooks.conf", folder, *changes)
     upstream = f"upstream inlet {{ server {server.address}; keepalive 8; }}"
     places = "".join(
         f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -195,6 +199,96 @@ def test_a_page_of_an_origin_that_cors_names_may_use_the_secret_path(tmp_path):
             assert (found, headers["Access-Control-Allow-Origin"]) == (201, allowed)
         assert ask(address, "PUT", "/hook-Zk3", b"1")[0] == 403
     assert server.end() == 0
+
+
+def bodies(server):
+    with contextlib.closing(server.connect()) as connection:
+        return [message["body"] for message in json.loads(send(connection, "GET", "/messages")[2])["messages"]]
+
+
+def test_forms_and_senders_that_can_only_get_come_through_the_secret_path(server):
+    """And a value of a query stays a value, whatever is in it."""
+    query = "temp=21.5&id=shelly-1&x=x%22%2C%20%22admin%22%3A%20%221&n=%0a&u=%E2%82%AC"
+    wanted = {"temp": "21.5", "id": "shelly-1", "x": 'x", "admin": "1', "n": "\n", "u": "€"}
+    with secret_path(server) as address:
+        assert ask(address, "GET", f"/hook-Zk3/get?{query}")[0] == 201
+        assert ask(address, "POST", "/hook-Zk3/get", b"1")[0] == 403
+        for kind in ("application/x-www-form-urlencoded", "text/plain"):
+            headers = {"Content-Type": kind, "I-Twilio-Idempotency-Token": "t-1"}
+            assert ask(address, "POST", "/hook-Zk3/form", query.encode(), **headers)[0] == 201
+    assert bodies(server) == [wanted, wanted]  # the second form was a redelivery
+
+
+def test_handshakes_are_answered_and_then_posts_pass(server, tmp_path):
+    add(tmp_path, "github", GITHUB_SECRET, "--can", "write:messages")
+    body = b'{"object": "page"}'
+    signed = f"sha256={hmac.digest(GITHUB_SECRET.encode(), body, 'sha256').hex()}"
+    with secret_path(server) as address:
+        meta = "/hook-Zk3/meta?hub.mode=subscribe&hub.challenge=1158201444&hub.verify_token="
+        for token, status, text in (
+            ("verify-me", 200, b"1158201444"),
+            ("verify-m", 403, None),
+            ("verify-me2", 403, None),
+        ):
+            found, headers, content = ask(address, "GET", meta + token)
+            assert (found, text is None or (content, headers["Content-Type"]) == (text, "text/plain")) == (status, True)
+        forged = "/hook-Zk3/meta?hub.verify_token=verify-me&hub.challenge=%3Cscript%3E"
+        assert ask(address, "GET", forged)[2] == b""
+        for signature, status in ((signed, 201), (signed[:-1] + "x", 401)):
+            headers = {"Content-Type": "application/json", "X-Hub-Signature-256": signature}
+            assert ask(address, "POST", "/hook-Zk3/meta", body, **headers)[0] == status
+        found, headers, content = ask(address, "GET", "/hook-Zk3/dropbox?challenge=a-B_9")
+        assert (found, content, headers["X-Content-Type-Options"]) == (200, b"a-B_9", "nosniff")
+        assert ask(address, "POST", "/hook-Zk3/dropbox", b'{"list_folder": {}}')[0] == 201
+        origin = {"WebHook-Request-Origin": "eventemitter.example"}
+        found, headers, _ = ask(address, "OPTIONS", "/hook-Zk3/cloudevents", **origin)
+        allowed = (headers["WebHook-Allowed-Origin"], headers["WebHook-Allowed-Rate"], headers["Allow"])
+        assert (found, allowed) == (200, ("eventemitter.example", "*", "POST"))
+        headers = {"Content-Type": "application/cloudevents+json"}
+        assert ask(address, "POST", "/hook-Zk3/cloudevents", b'{"id": "1"}', **headers)[0] == 201
+    assert bodies(server) == [{"object": "page"}, {"list_folder": {}}, {"id": "1"}]
+
+
+def test_reports_and_beacons_of_one_site_come_in(server):
+    with secret_path(server) as address:
+        for origin, status in (("https://site.example", 201), ("https://other.example", 403), ("", 403)):
+            for kind in ("application/csp-report", "application/reports+json", "text/plain;charset=UTF-8"):
+                headers = {"Origin": origin, "Content-Type": kind, "Cookie": "a=b"}
+                assert ask(address, "POST", "/hook-Zk3/reports", b"{}", **headers)[0] == status, (origin, kind)
+        for _ in range(2):
+            headers = {"Origin": "https://site.example", "Content-Type": "text/plain"}
+            assert ask(address, "POST", "/hook-Zk3/reports?key=k-1", b'{"n": 1}', **headers)[0] == 201
+    assert bodies(server) == [{}, {}, {}, {"n": 1}]
+
+
+def test_what_the_packages_of_slack_svix_and_github_sign_is_taken(server, tmp_path):
+    secret = "8f742231b10e8888abcd99yyyzzz85a5"
+    for scheme, theirs in (("slack", secret), ("svix", SVIX_SECRET), ("github", GITHUB_SECRET)):
+        add(tmp_path, scheme, theirs, "--can", "write:messages")
+    at, body = str(int(time.time())), '{"event_id": "Ev1", "type": "event_callback"}'
+    headers = {"X-Slack-Request-Timestamp": at}
+    headers["X-Slack-Signature"] = slack_sdk.signature.SignatureVerifier(secret).generate_signature(
+        timestamp=at, body=body
+    )
+    ids = [post(server, body.encode(), **headers)[1]["id"] for _ in range(2)]
+    assert ids == [1, 1]
+    assert post(server, body.encode() + b" ", **headers)[0] == 401
+    wrong = slack_sdk.signature.SignatureVerifier(secret + "x").generate_signature(timestamp=at, body=body)
+    assert post(server, body.encode(), **headers | {"X-Slack-Signature": wrong})[0] == 401
+
+    for minutes, status in ((0, 201), (6, 401)):
+        now = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=minutes)
+        signature = svix.webhooks.Webhook(SVIX_SECRET).sign("msg_1", now, "{}")
+        headers = {"svix-id": "msg_1", "svix-timestamp": str(int(now.timestamp())), "svix-signature": signature}
+        assert post(server, b"{}", **headers)[0] == status
+
+    script = "import('@octokit/webhooks-methods').then(m => m.sign(process.argv[1], process.argv[2])).then(console.log)"
+    modules = Path(os.environ["INLET_CORPUS"])
+    signed = subprocess.run(
+        ["node", "-e", script, GITHUB_SECRET, "[1]"], cwd=modules, capture_output=True, text=True, check=True
+    )
+    headers = {"X-Hub-Signature-256": signed.stdout.strip(), "X-GitHub-Delivery": "g-1"}
+    assert [post(server, text, **headers)[0] for text in (b"[1]", b"[2]")] == [201, 401]
 
 
 # /metrics
