@@ -2387,7 +2387,7 @@ def answer_to(entry: Entry, stored: Stored, url: str) -> Answer:
     if stored.replayed:
         headers.append(("Idempotent-Replayed", "true"))
     if entry.lines or entry.refused is not None:
-        first, last = stored.first_id or "null", stored.last_id or "null"
+        first, last = (stored.first_id, stored.last_id) if stored.number else ("null", "null")
         ids = f'"count": {stored.number}, "first_id": {first}, "last_id": {last}'
         if entry.refused is not None:
             refused = sorted([*entry.refused, *stored.refused], key=lambda each: each["line"])

@@ -29,7 +29,7 @@ import tomllib
 import tracemalloc
 import types
 import zlib
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import falcon.testing
@@ -772,7 +772,7 @@ def test_the_schemas_in_schema_sql_and_readme_work(open_store, tmp_path):
 
 
 def test_the_recipes_in_readme_work(open_store):
-    example, recipes = readme("sql")
+    example, _, recipes, _ = readme("sql")
     now = [NOW]
     store = open_store(stream_sql("messages") + example + recipes.replace("1000000", "3"), clock=lambda: now[0])
     client = client_of(store)
@@ -796,6 +796,54 @@ def test_the_recipes_in_readme_work(open_store):
     for event in ("push", "ping"):
         client.post("deliveries", "{}", X_GitHub_Event=event)
     assert [message["headers"]["x-github-event"] for message in client.get("/pushes").json["messages"]] == ["push"]
+
+
+# Of Telegraf, collectd, the Reporting API and SendGrid, and elements that are no objects.
+ARRAYS = {
+    '{"metrics": [{"n": 12345678901234567890123, "name": "big"}, {"n": 1.10}]}': [
+        '{"n":12345678901234567890123,"name":"big"}', '{"n":1.10}'],
+    '[{"values":[0.1],"time":1416062029.811},{"values":[1.10]}]': ['{"values":[0.1],"time":1416062029.811}', '{"values":[1.10]}'],
+    '["a \\"b\\"", null, 1e400, [], 12345678901234567890]': ['"a \\"b\\""', "null", "1e400", "[]", "12345678901234567890"],
+    "[]": [], "7": [], '{"other": [1]}': [],
+}  # fmt: skip
+
+
+def test_the_recipe_makes_a_row_of_each_element_of_an_array_once(open_store):
+    store = open_store(stream_sql("arrays") + stream_sql("refused") + readme("sql")[3])
+    client = client_of(store)
+    for body, elements in ARRAYS.items():
+        change(store, "DELETE FROM metrics_of_all")
+        for _ in range(2):
+            assert client.post("arrays", body, Idempotency_Key=service.digest_of(body)).status_code == 201
+        assert [text for (text,) in rows(store, "SELECT body FROM metrics_of_all ORDER BY id")] == elements
+    assert client.post("arrays", "[1]").status_code == 201
+
+
+def test_the_recipe_tells_what_was_refused_yesterday(open_store):
+    now = [service.utc_now()]
+    store = open_store(stream_sql("strict", STRICT_RULES) + stream_sql("refused") + stream_sql("arrays") + readme("sql")[3],
+                       clock=lambda: now[0])  # fmt: skip
+    client = client_of(store)
+    for days in (0, 1, 1, 2):
+        at = datetime.now(UTC) - timedelta(days=days)
+        now[0] = at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        assert client.post("strict", '{"n": 100}').status_code == 422
+    wanted = {"client": "tester", "stream": "strict", "detail": "n must be below 100", "count": 2, "newest": 3}
+    assert client.get("/refused_yesterday").json == {"rows": [wanted]}
+
+
+def test_the_column_answer_of_readme_answers_those_that_want_something(open_store):
+    column = readme("sql")[1].strip()
+    client = client_of(open_store(stream_sql("hooks", f", {column}")))
+    for body, status, text in (
+        ('{"token":"x","challenge":"3eZbrw1a","type":"url_verification"}', 200, "3eZbrw1a"),
+        ('[{"id":"1","data":{"validationCode":"512d38b6"}}]', 200, '{"validationResponse":"512d38b6"}'),
+        ('{"requestId":"ed4","timestamp":1578090901599,"records":[]}', 200, '{"requestId":"ed4","timestamp":1578090901599}'),
+        ('{"signature":{},"event-data":{"event":"opened"}}', 200, "ok"),
+        ('{"requestId": null}', 201, None), ("[]", 201, None), ("1", 201, None),
+    ):  # fmt: skip
+        answer = client.post("hooks", body)
+        assert (answer.status_code, text is None or answer.text) == (status, text is None or text)
 
 
 def test_named_rules_speak_however_they_are_written(open_store):
@@ -2067,6 +2115,12 @@ def test_a_stream_refused_with_rules_of_its_own_stops_nobody(open_store):
     assert client.post("strict", '{"n": 1}\n{"n": 100}', **LENIENT).json["count"] == 1
     assert client.post("strict", '{"n": 100}').status_code == 422
     assert rows(store, "SELECT count(*) FROM refused") == [(1,)]
+
+
+def test_a_stream_refused_that_is_full_costs_only_who_was_refused(open_store):
+    store = open_store(REFUSED)
+    client = client_of(store)
+    assert client.post("strict", '{"n": 100}').status_code == 422
     change(store, "UPDATE sqlite_sequence SET seq = 9223372036854775807 WHERE name = 'refused'")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda n: client.post("strict", f'{{"n": {100 if n == 3 else n}}}').status_code, range(8))

@@ -147,6 +147,9 @@ ELSEWHERE = {
     "messages of one COMMIT can get their ids in another order": """
         test_what_fails_in_a_shared_commit_costs_only_itself
     """,
+    "what is refused is kept by a request of its own": """
+        test_a_stream_refused_that_is_full_costs_only_who_was_refused
+    """,
     "rqlite takes seconds to read 40 MB": """
         test_clients_that_do_not_read_and_idle_ones_stop_nobody
     """,
