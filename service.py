@@ -36,7 +36,8 @@ LIMITS
 
 EXTRAS
  This file, schema.sql, falcon and waitress are the whole service. Each file in extras/ adds something, and may be
- deleted: a faster server (loop, connection, http1), senders that sign, /metrics, migrate, a cluster (rqlite), the page.
+ deleted: a faster server (loop, connection, http1), senders that sign or send forms, lenient batches and other answers
+ (outcomes), /metrics, migrate, a cluster (rqlite), the page.
 
 TO CHANGE                                     SEE
  a route, or what it answers                  the app, resources
@@ -749,12 +750,6 @@ def is_stream(db: sqlite3.Connection, table: str) -> bool:
 MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
-NOTE_BYTES = 65_536  # of a message that a rule refuses, in the stream `refused`
-# In hexadecimal, because it may be no UTF-8, and so that rqlite can send it.
-ANSWER = (
-    'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) FROM "{}" AS t WHERE t.id = :id AND t.answer NOT NULL'
-)
-LISTED_LINES = 100  # refused ones of a lenient batch, in its answer
 ROWS_OF_BATCHES = 1000  # in one COMMIT, unless one batch has more: single messages wait for all of them
 
 # What a client reads, by SQLite's name of the error. {said} are SQLite's words, {text} the same without the table's
@@ -786,8 +781,8 @@ class Stored(NamedTuple):
     received_at: str
     number: int = 1  # of messages
     replayed: bool = False
-    answer: tuple[bytes, bool] | None = None  # what the column `answer` says, and whether that is JSON
     refused: tuple[dict[str, Any], ...] = ()  # lines of a lenient batch
+    answer: Answer | None = None  # in place of the usual one
 
 
 def nothing() -> None:
@@ -845,7 +840,8 @@ class Store:
         self.statistics = Statistics(stream.name for stream in schema.streams.values() if stream.takes)
         self.queue: deque[Entry] = deque()  # entries that nobody writes yet
         self._group: list[Entry] = []  # what is being written
-        self._notes: list[tuple[Entry, Entry]] = []  # entries of it that rules refuse, and what is to be kept of them
+        outcomes = extra("outcomes")
+        self._outcomes = outcomes.Outcomes(self) if outcomes else None
         self._turn = threading.Lock()  # of the thread that writes
         self._look_at = 0.0  # for entries whose deadline has passed
         self._schema_look_at, self._schema_version = 0.0, (0, -1)  # does the database still have this schema?
@@ -957,9 +953,9 @@ class Store:
                 self._require_schema(db)
                 self._take_group()
                 received_at = self._clock()
-                results = self._results(db, self._group, received_at)
-                self._keep_notes(db, received_at)
-                results = self._with_answers(db, results)
+                results = self.results(db, self._group, received_at)
+                if self._outcomes:
+                    self._outcomes.complete(db, self._group, results, received_at)
             new = [each.number for each in results if isinstance(each, Stored) and not each.replayed]
             self.statistics.committed(time.monotonic() - began, sum(new))
             for entry, result in zip(self._group, results, strict=True):
@@ -1049,7 +1045,7 @@ class Store:
             with contextlib.suppress(IndexError):  # it is empty by now
                 run_safely(self.queue[0].changed)
 
-    def _results(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Problem]:
+    def results(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Problem]:
         """Insert entries, and return their results. What a rule refuses may be a replay, or a lenient batch."""
         inserted = self.database.insert(db, entries, received_at)
         if not any(isinstance(found, Exception) for found in inserted):
@@ -1061,78 +1057,9 @@ class Store:
         for entry, found in both:
             if isinstance(found, Exception):
                 found = self._replay(entry, stored.get(entry, [])) or self._refusal(entry, found)
-                if isinstance(found, Problem) and found.status < 500:
-                    if entry.refused is None:
-                        self._note(entry, found)
-                    else:
-                        found = self._line_by_line(db, entry, received_at)
+                if self._outcomes and isinstance(found, Problem) and found.status < 500:
+                    found = self._outcomes.of_refused(db, entry, found, received_at)
             results.append(found)
-        return results
-
-    def _line_by_line(self, db: sqlite3.Connection, entry: Entry, received_at: str) -> Stored | Problem:
-        """Return the result of a lenient batch, each of whose lines is inserted or refused alone."""
-        lines = [
-            Entry(entry.stream, entry.client, key_of_body(entry.key, n), [body], entry.headers, [], None, line)
-            for n, (body, line) in enumerate(zip(entry.bodies, entry.lines, strict=True), 1)
-        ]
-        noted = len(self._notes)
-        try:
-            results = self._results(db, lines, received_at)
-        except Undone as undone:
-            raise Undone(entry, undone.error) from None
-        self._notes[noted:] = [(entry, note) for _, note in self._notes[noted:]]
-        stored, refused = [], []
-        for line, result in zip(entry.lines, results, strict=True):
-            if isinstance(result, Stored):
-                stored.append(result)
-            elif result.status < 500:
-                refused.append({"line": line, "status": result.status, "detail": result.detail})
-            else:
-                return result  # with an unknown outcome, for all lines
-        if not stored:
-            return Stored(0, 0, received_at, 0, refused=tuple(refused))
-        first, last = min(each.first_id for each in stored), max(each.last_id for each in stored)
-        replayed = all(each.replayed for each in stored)
-        return Stored(first, last, stored[0].received_at, len(stored), replayed, refused=tuple(refused))
-
-    def _note(self, entry: Entry, problem: Problem) -> None:
-        """Remember what a rule refuses, for the stream `refused`, if the schema has it."""
-        kept_in = self.schema.streams.get("refused")
-        if not kept_in or not kept_in.takes or entry.stream is kept_in:
-            return
-        line = problem.members.get("line")
-        text = entry.bodies[entry.ordinal - 1] if line or not entry.lines else "\n".join(entry.bodies)
-        body = {"stream": entry.stream.name, "status": problem.status, "detail": problem.detail, "line": line}
-        body |= {"key": entry.key, "body": text.encode()[:NOTE_BYTES].decode(errors="ignore")}
-        headers = (entry.headers or (None,)) if kept_in.has_headers else ()
-        self._notes.append((entry, Entry(kept_in, entry.client, None, [json.dumps(body, ensure_ascii=False)], headers)))
-
-    def _keep_notes(self, db: sqlite3.Connection, received_at: str) -> None:
-        """Insert what is remembered. The entry whose note undoes the transaction has then undone it."""
-        owners, self._notes = {note: entry for entry, note in self._notes}, []
-        if not owners:
-            return
-        try:
-            for found in self.database.insert(db, list(owners), received_at):
-                if isinstance(found, Exception):
-                    log.error("what was refused cannot be kept in the stream refused: %s", found)
-        except Undone as undone:
-            raise Undone(owners[undone.entry], undone.error) from None
-
-    def _with_answers(self, db: sqlite3.Connection, results: list[Stored | Problem]) -> list[Stored | Problem]:
-        """Return results with what the column `answer` of their rows says."""
-        asked = {
-            n: (ANSWER.format(entry.stream.name), {"id": result.first_id})
-            for n, (entry, result) in enumerate(zip(self._group, results, strict=True))
-            if entry.stream.has_answer and entry.bodies and not entry.lines and isinstance(result, Stored)
-        }
-        if not asked:
-            return results
-        for n, rows in zip(asked, self.database.fetch(db, list(asked.values())), strict=True):
-            if isinstance(rows, Exception):
-                log.error("an answer of %s cannot be read: %s", self._group[n].stream.name, rows)
-            elif rows:
-                results[n] = results[n]._replace(answer=(bytes.fromhex(rows[0][0]), bool(rows[0][1])))  # type: ignore[union-attr]
         return results
 
     def _replay(self, entry: Entry, rows: list[tuple] | Exception) -> Stored | Problem | None:
@@ -1484,6 +1411,8 @@ class Database:
             if entry.lines:
                 db.execute("ROLLBACK TO batch")
                 db.execute("RELEASE batch")
+            if entry.line:  # that was looked at when its batch was refused
+                return error
             return self._fault(db, entry.stream) or error
 
     @staticmethod
@@ -2111,19 +2040,26 @@ def refuse_constant(name: str) -> NoReturn:
 JSON_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)
 
 
-def json_texts(data: bytes, is_batch: bool, refused: list[dict] | None = None) -> tuple[list[str], list[int]]:
+def json_texts(data: bytes, is_batch: bool) -> tuple[list[str], list[int]]:
     """Return a body as text if it is JSON as RFC 8259 has it; of a batch, its messages and the numbers of their lines.
 
-    Problem 400 (with line and column) or 413 if not. Blank lines are left out, but counted. Lines of a lenient batch
-    that are no JSON are put into refused.
+    Problem 400 (with line and column) or 413 if not.
     """
     try:
-        text = data.decode(errors="strict" if refused is None else "surrogateescape")
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise json_problem("it is not UTF-8", data[: error.start].decode()) from None
     if not is_batch:
         require_json(text)
         return [text], []
+    numbered = numbered_lines(text)
+    for line, number in numbered:
+        require_json(line, number)
+    return [line for line, _ in numbered], [number for _, number in numbered]
+
+
+def numbered_lines(text: str) -> list[tuple[str, int]]:
+    """Return the lines of a batch and their numbers; Problem 413. Blank lines are left out, but counted."""
     if text.count("\n") > LARGEST_BATCH:
         raise Problem(413, f"The batch has more than {LARGEST_BATCH} lines.", limit=LARGEST_BATCH)
     numbered = [
@@ -2133,22 +2069,7 @@ def json_texts(data: bytes, is_batch: bool, refused: list[dict] | None = None) -
         raise Problem(400, "The batch is empty.")
     if len(numbered) > LARGEST_BATCH:
         raise Problem(413, f"The batch has more than {LARGEST_BATCH} messages.", limit=LARGEST_BATCH)
-    found = [line for line in numbered if is_json(*line, refused)]
-    return [line for line, _ in found], [number for _, number in found]
-
-
-def is_json(line: str, number: int, refused: list[dict] | None) -> bool:
-    """Is a line of a batch JSON? Problem 400 if not, or, of a lenient batch, it is put into refused."""
-    try:
-        if refused is not None and not line.isascii() and re.search("[\udc80-\udcff]", line):
-            raise json_problem("it is not UTF-8", "", number)
-        require_json(line, number)
-    except Problem as problem:
-        if refused is None:
-            raise
-        refused.append({"line": number, "status": problem.status, "detail": problem.detail})
-        return False
-    return True
+    return numbered
 
 
 def require_json(text: str, first_line: int = 1) -> None:
@@ -2216,11 +2137,6 @@ def kind_of(content_type: str | None) -> str:
     accepted = ACCEPTED_TYPES + forms
     detail = "Send one message as application/json (or any +json), many as application/x-ndjson, in UTF-8"
     raise Problem(415, f"{detail}, and not as {shown(kind)}.", {"Accept-Post": ", ".join(accepted)}, accepted=accepted)
-
-
-def is_lenient(prefer: str) -> bool:
-    """Does a header Prefer ask for handling=lenient? RFC 7240, 4.4"""
-    return bool(re.search(r'(?:^|,)\s*handling\s*=\s*"?lenient\b', prefer, re.IGNORECASE))
 
 
 def without_gzip(data: bytes, coding: str | None, max_body: int) -> bytes:
@@ -2383,25 +2299,16 @@ def link(req: falcon.Request, name: str) -> str:
 
 def answer_to(entry: Entry, stored: Stored, url: str) -> Answer:
     """Return the answer to a POST that was stored; url is that of its stream."""
+    if stored.answer:
+        return stored.answer
     headers = [("Content-Type", JSON), *PRIVATE]
     if stored.replayed:
         headers.append(("Idempotent-Replayed", "true"))
-    if entry.lines or entry.refused is not None:
-        first, last = (stored.first_id, stored.last_id) if stored.number else ("null", "null")
-        ids = f'"count": {stored.number}, "first_id": {first}, "last_id": {last}'
-        if entry.refused is not None:
-            refused = sorted([*entry.refused, *stored.refused], key=lambda each: each["line"])
-            if refused:
-                log.info("%d lines of %s were refused", len(refused), shown(entry.client))
-            headers.append(("Preference-Applied", "handling=lenient"))
-            ids += f', "refused": {json.dumps(refused[:LISTED_LINES])}'
+    if entry.lines:
+        ids = f'"count": {stored.number}, "first_id": {stored.first_id}, "last_id": {stored.last_id}'
     else:
         ids = f'"id": {stored.first_id}'
         headers.append(("Location", f"{url}/{stored.first_id}"))
-    if stored.answer:
-        content, is_text_json = stored.answer
-        headers[0] = ("Content-Type", JSON if is_text_json else "text/plain; charset=utf-8")
-        return "200 OK", headers, content
     return "201 Created", headers, f'{{{ids}, "received_at": "{stored.received_at}"}}'.encode()
 
 
@@ -2501,12 +2408,13 @@ class StreamResource(ViewResource):
         data = context.body if is_signed else read_body(environ, self._max_body)
         kind = kind_of(req.content_type)
         data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
+        outcomes, refused = extra("outcomes"), None
         if kind == FORM:
             data = extra("senders").form_as_json(data)
-        refused: list[dict[str, Any]] | None = (
-            [] if kind == NDJSON and is_lenient(environ.get("HTTP_PREFER", "")) else None
-        )
-        texts, lines = json_texts(data, kind == NDJSON, refused)
+        if kind == NDJSON and outcomes and outcomes.is_lenient(environ):
+            texts, lines, refused = outcomes.lenient_lines(data)
+        else:
+            texts, lines = json_texts(data, kind == NDJSON)
         key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY")) if not is_signed else None
         if is_signed and texts:
             key = context.key_of(texts[0])

@@ -1,0 +1,142 @@
+"""What becomes of a message beyond 201 or a refusal, where a sender or the owner of schema.sql asks for it.
+
+A lenient batch (Prefer: handling=lenient): each line stands for itself. A generated column `answer`: a message is
+answered with its text. A stream `refused`: what rules refuse is kept there, in the same COMMIT.
+"""
+
+import json
+import re
+from typing import Any
+
+import service
+from service import JSON, PRIVATE, Entry, Problem, Store, Stored
+
+LISTED_LINES = 100  # refused ones of a lenient batch, in its answer
+NOTE_BYTES = 65_536  # of a message that a rule refuses, in the stream `refused`
+# In hexadecimal, because it may be no UTF-8, and so that rqlite can send it.
+ANSWER = (
+    'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) FROM "{}" AS t WHERE t.id = :id AND t.answer NOT NULL'
+)
+
+
+def is_lenient(environ: dict[str, Any]) -> bool:
+    """Does a request ask that each line of its batch stands for itself? RFC 7240, 4.4: Prefer: handling=lenient"""
+    prefer = environ.get("HTTP_PREFER", "")
+    return bool(re.search(r'(?:^|,)\s*handling\s*=\s*"?lenient\b', prefer, re.IGNORECASE))
+
+
+def lenient_lines(data: bytes) -> tuple[list[str], list[int], list[dict[str, Any]]]:
+    """Return the JSON texts of a lenient batch and the numbers of their lines, and the lines that are no JSON.
+
+    Problem 413 if there are too many.
+    """
+    texts, numbers, refused = [], [], []
+    for line, number in service.numbered_lines(data.decode(errors="surrogateescape")):
+        try:
+            if not line.isascii() and re.search("[\udc80-\udcff]", line):
+                raise service.json_problem("it is not UTF-8", "", number)
+            service.require_json(line, number)
+        except Problem as problem:
+            refused.append(refused_line(number, problem))
+        else:
+            texts.append(line)
+            numbers.append(number)
+    return texts, numbers, refused
+
+
+def refused_line(number: int, problem: Problem) -> dict[str, Any]:
+    return {"line": number, "status": problem.status, "detail": problem.detail}
+
+
+class Outcomes:
+    """The store asks it twice about each group of entries that it writes. Only the thread that writes uses it."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._notes: list[tuple[Entry, Entry]] = []  # entries that rules have refused, and what is kept of each
+
+    def of_refused(self, db: Any, entry: Entry, problem: Problem, received_at: str) -> Stored | Problem:
+        """Return the result of an entry that a rule refuses: of a lenient batch, the other lines are inserted."""
+        if entry.refused is not None:
+            return self._line_by_line(db, entry, received_at)
+        kept_in = self._store.schema.streams.get("refused")
+        if kept_in and kept_in.takes and entry.stream is not kept_in:
+            line = problem.members.get("line")
+            text = entry.bodies[entry.ordinal - 1] if line or not entry.lines else "\n".join(entry.bodies)
+            body = {"stream": entry.stream.name, "status": problem.status, "detail": problem.detail, "line": line}
+            body |= {"key": entry.key, "body": text.encode()[:NOTE_BYTES].decode(errors="ignore")}
+            headers = (entry.headers or (None,)) if kept_in.has_headers else ()
+            note = Entry(kept_in, entry.client, None, [json.dumps(body, ensure_ascii=False)], headers)
+            self._notes.append((entry, note))
+        return problem
+
+    def _line_by_line(self, db: Any, entry: Entry, received_at: str) -> Stored | Problem:
+        lines = [
+            Entry(entry.stream, entry.client, service.key_of_body(entry.key, n), [body], entry.headers, line=line)
+            for n, (body, line) in enumerate(zip(entry.bodies, entry.lines, strict=True), 1)
+        ]
+        noted = len(self._notes)
+        try:
+            results = self._store.results(db, lines, received_at)
+        except service.Undone as undone:
+            raise service.Undone(entry, undone.error) from None
+        self._notes[noted:] = [(entry, note) for _, note in self._notes[noted:]]
+        stored, refused = [], []
+        for line, result in zip(entry.lines, results, strict=True):
+            if isinstance(result, Stored):
+                stored.append(result)
+            elif result.status < 500:
+                refused.append(refused_line(line, result))
+            else:
+                return result  # the outcome of all lines is unknown
+        if not stored:
+            return Stored(0, 0, received_at, 0, refused=tuple(refused))
+        first, last = min(each.first_id for each in stored), max(each.last_id for each in stored)
+        replayed = all(each.replayed for each in stored)
+        return Stored(first, last, stored[0].received_at, len(stored), replayed, tuple(refused))
+
+    def complete(self, db: Any, entries: list[Entry], results: list[Stored | Problem], received_at: str) -> None:
+        """Before the COMMIT: keep what was refused, and put answers of their own into the results."""
+        self._keep_notes(db, received_at)
+        asked = {}
+        for n, (entry, result) in enumerate(zip(entries, results, strict=True)):
+            if isinstance(result, Stored) and entry.refused is not None:
+                results[n] = result._replace(answer=lenient_answer(entry, result))
+            elif isinstance(result, Stored) and entry.stream.has_answer and entry.bodies and not entry.lines:
+                asked[n] = ANSWER.format(entry.stream.name), {"id": result.first_id}
+        answers = self._store.database.fetch(db, list(asked.values())) if asked else []
+        for n, rows in zip(asked, answers, strict=True):
+            result = results[n]
+            if isinstance(rows, Exception):
+                service.log.error("an answer of %s cannot be read: %s", entries[n].stream.name, rows)
+            elif rows and isinstance(result, Stored):
+                kind = JSON if rows[0][1] else "text/plain; charset=utf-8"
+                answer = "200 OK", headers_of(result, kind), bytes.fromhex(rows[0][0])
+                results[n] = result._replace(answer=answer)
+
+    def _keep_notes(self, db: Any, received_at: str) -> None:
+        """Insert what is kept. If a note undoes the transaction, its entry has undone it."""
+        owners, self._notes = {note: entry for entry, note in self._notes}, []
+        try:
+            for found in self._store.database.insert(db, list(owners), received_at) if owners else ():
+                if isinstance(found, Exception):
+                    service.log.error("what was refused cannot be kept in the stream refused: %s", found)
+        except service.Undone as undone:
+            raise service.Undone(owners[undone.entry], undone.error) from None
+
+
+def headers_of(stored: Stored, kind: str) -> list[tuple[str, str]]:
+    return [("Content-Type", kind), *PRIVATE, *([("Idempotent-Replayed", "true")] if stored.replayed else [])]
+
+
+def lenient_answer(entry: Entry, stored: Stored) -> service.Answer:
+    """Return the answer to a lenient batch: 201 with what was stored, and the first LISTED_LINES that were refused."""
+    refused = sorted([*(entry.refused or ()), *stored.refused], key=lambda each: each["line"])
+    if refused:
+        service.log.info("%d lines of %s were refused", len(refused), service.shown(entry.client))
+    members: dict[str, Any] = {"count": stored.number, "first_id": None, "last_id": None}
+    if stored.number:
+        members |= {"first_id": stored.first_id, "last_id": stored.last_id}
+    members |= {"refused": refused[:LISTED_LINES], "received_at": stored.received_at}
+    headers = [*headers_of(stored, JSON), ("Preference-Applied", "handling=lenient")]
+    return "201 Created", headers, json.dumps(members).encode()
