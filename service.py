@@ -13,7 +13,7 @@ columns (id, received_at, client, key, body) is a stream. The body is the messag
 has is generated from it. Constraints are the validation, triggers are the business logic.
 
 ROUTES
-    POST /{stream}       take one message (application/json), or many, all or none (application/x-ndjson)
+    POST /{stream}       take one message (application/json, or a form), or many, all or none (application/x-ndjson)
     GET  /{stream}       the feed: messages in commit order, ?after=ID&limit=N&FIELD=VALUE
     GET  /{stream}/{id}  one message
     GET  /{view}         the same for a view with the message columns; {"rows": […]} for any other view
@@ -22,7 +22,7 @@ ROUTES
 
 GUARANTEES
  1. 201 is sent after the COMMIT that holds the message has been synced to disk (WAL, synchronous=FULL).
- 2. The body is kept byte for byte. It is checked, but never written anew.
+ 2. The body is kept byte for byte. It is checked, but never written anew. (A form becomes JSON.)
  3. One Idempotency-Key of one client names at most one message or batch. A UNIQUE index decides, so a retry gets the
     first answer again, whatever threads, processes and crashes came between.
  4. 4xx: nothing was stored; do not retry unchanged. 5xx or no answer: outcome unknown; retry with the key.
@@ -782,6 +782,7 @@ class Stored(NamedTuple):
     number: int = 1  # of messages
     replayed: bool = False
     refused: tuple[dict[str, Any], ...] = ()  # lines of a lenient batch
+    is_part: bool = False  # there is more of the lenient batch
     answer: Answer | None = None  # in place of the usual one
 
 
@@ -794,9 +795,9 @@ class Entry:
     """What one request wants written into a stream: JSON texts that have been checked.
 
     Without any, it only tests whether a write works. lines: the number of the line of each body, if it is a batch. key
-    stands for all bodies. refused: of a lenient batch, in which each line stands for itself, those that are no JSON.
-    line: its number, if it is such a line. deadline, a time.monotonic(), is when the client gets its 503. changed is
-    called when there is a result, or when somebody has to call Store.write().
+    stands for all bodies. refused: None if all are stored or none; a list for a lenient batch, with its lines that are
+    no JSON. line: the number of the line, if this is one line of a lenient batch. deadline, a time.monotonic(), is when
+    the client gets its 503. changed is called when there is a result, or when somebody has to call Store.write().
     """
 
     stream: Stream
@@ -806,13 +807,27 @@ class Entry:
     headers: tuple[str | None, ...] = ()  # the request's, as one JSON object, if the stream has a column for them
     lines: list[int] = field(default_factory=list)
     refused: list[dict[str, Any]] | None = None
+    later: list[tuple[str, int]] = field(default_factory=list)  # of a lenient batch: what comes in other COMMITs
+    earlier: list[Stored] = field(default_factory=list)
     line: int = 0
     signed: bool = False  # then a known key gets its first answer, even with another body
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
     ordinal: int = 1  # of the body that was inserted last
-    was_undone: bool = False  # together with another entry of its stream, which had failed
+    was_undone: bool = False  # another entry of its stream has failed, and has taken this one with it
     result: Stored | Problem | None = None
     changed: Callable[[], object] = nothing
+
+    def key_of(self, ordinal: int) -> str | None:
+        """Return the key of a body: the first has the batch's key k1, the second `k1 2`. No client's key has a space.
+
+        In a lenient batch it is not the second, but that of line 2; with an empty key, each is named by its digest.
+        """
+        if self.key is None or (ordinal == 1 and self.refused is None):
+            return self.key
+        if not self.key:
+            return digest_of(self.bodies[ordinal - 1])
+        number = ordinal if self.refused is None else self.lines[ordinal - 1]
+        return self.key if number == 1 else f"{self.key} {number}"
 
 
 class Undone(Exception):
@@ -958,8 +973,13 @@ class Store:
                     self._outcomes.complete(db, self._group, results, received_at)
             new = [each.number for each in results if isinstance(each, Stored) and not each.replayed]
             self.statistics.committed(time.monotonic() - began, sum(new))
-            for entry, result in zip(self._group, results, strict=True):
-                self._give(entry, result)
+            group, self._group = self._group, []
+            for entry, result in zip(group, results, strict=True):
+                if self._outcomes and isinstance(result, Stored) and result.is_part:
+                    self._outcomes.go_on(entry, result)
+                    self.queue.append(entry)
+                else:
+                    self._give(entry, result)
         except Undone as error:
             self._write_others_again(error)
         except (sqlite3.Error, OSError, MemoryError) as error:
@@ -974,6 +994,8 @@ class Store:
             for entry in self._group:  # that has no result, because there is a bug
                 self._give_up(entry, RuntimeError())
             self._group = []
+            if self._outcomes:
+                self._outcomes.notes = []
 
     def _require_schema(self, db: sqlite3.Connection) -> None:
         """Once a second, raise DatabaseError if the database has got rules beside us with which it is not served.
@@ -997,7 +1019,7 @@ class Store:
         self._schema_version, self._schema_look_at = version, time.monotonic() + 1
 
     def _take_group(self) -> None:
-        """Take what is queued, but of the batches only as many as have ROWS_OF_BATCHES, and at least one."""
+        """Take what is queued; of the batches, those that have ROWS_OF_BATCHES together, but always the first."""
         rows, later = 0, []
         with contextlib.suppress(IndexError):
             while True:
@@ -1056,9 +1078,10 @@ class Store:
         results: list[Stored | Problem] = []
         for entry, found in both:
             if isinstance(found, Exception):
-                found = self._replay(entry, stored.get(entry, [])) or self._refusal(entry, found)
+                replay = self._replay(entry, stored.get(entry, []))
+                found = replay or self._refusal(entry, found)
                 if self._outcomes and isinstance(found, Problem) and found.status < 500:
-                    found = self._outcomes.of_refused(db, entry, found, received_at)
+                    found = self._outcomes.of_refused(db, entry, found, received_at, not replay)
             results.append(found)
         return results
 
@@ -1068,12 +1091,15 @@ class Store:
             return storage_problem(rows)
         if not rows:
             return None
-        sent = {key_of_body(entry.key, ordinal): body for ordinal, body in enumerate(entry.bodies, 1)}
+        sent = {entry.key_of(ordinal): body for ordinal, body in enumerate(entry.bodies, 1)}
         stored = {key: body for _, _, key, body in rows}
-        if stored == sent or entry.signed:
+        if stored == sent or (entry.signed and entry.refused is None):
             return Stored(rows[0][0], rows[-1][0], rows[0][1], len(rows), replayed=True)
+        if entry.refused is not None and all(sent.get(key, body) == body for key, body in stored.items()):
+            return None  # some of its lines are there
         or_deleted = ", or some of its messages have been deleted since" if stored.items() <= sent.items() else ""
-        return Problem(422, f"This Idempotency-Key was used before, with another body{or_deleted}.")
+        line: dict[str, Any] = {"line": entry.line} if entry.line else {}
+        return Problem(422, f"This Idempotency-Key was used before, with another body{or_deleted}.", **line)
 
     def _refusal(self, entry: Entry, error: Exception) -> Problem:
         """Return why an entry was not inserted: a rule that it breaks, or a fault of the database."""
@@ -1170,7 +1196,7 @@ def rows_of(entry: Entry, received_at: str) -> Iterator[tuple]:
     """Yield what is inserted for each message of an entry; entry.ordinal is that of the last one."""
     for ordinal, body in enumerate(entry.bodies, 1):
         entry.ordinal = ordinal
-        yield received_at, entry.client, key_of_body(entry.key, ordinal), body, *entry.headers
+        yield received_at, entry.client, entry.key_of(ordinal), body, *entry.headers
 
 
 def stored_under_key(entry: Entry) -> tuple[str, dict[str, Any]]:
@@ -1179,21 +1205,15 @@ def stored_under_key(entry: Entry) -> tuple[str, dict[str, Any]]:
         f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
         " WHERE t.client COLLATE BINARY = :client AND (t.key COLLATE BINARY = :key"
         " OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end) ORDER BY t.id LIMIT :most",
-        # The keys of a batch are between `key ` and `key!`. One row too many shows that it was something else.
-        # A line of a lenient batch is alone.
         {
             "client": entry.client,
             "key": entry.key,
-            "first": f"{entry.key} ",
+            "first": f"{entry.key} ",  # the keys of a batch are between `key ` and `key!`
             "end": "" if entry.line else f"{entry.key}!",
-        }
-        | {"most": -1 if entry.signed else len(entry.bodies) + 1},
+            # One too many shows that it was something else.
+            "most": -1 if entry.signed or entry.refused is not None else len(entry.bodies) + 1,
+        },
     )
-
-
-def key_of_body(key: str | None, ordinal: int) -> str | None:
-    """Return the key of a body: the first has the batch's key k1, the second `k1 2`. No client's key has a space."""
-    return key if key is None or ordinal == 1 else f"{key} {ordinal}"
 
 
 def condition(stream: Stream, column: str, number: int) -> str:
@@ -1892,7 +1912,7 @@ class Clients:
         if digest not in self._by_digest and time.monotonic() > self._missed_at + CLIENTS_RETRY_S:
             began = time.monotonic()
             self.read()  # it may be new
-            self._missed_at = time.monotonic() + 9 * (time.monotonic() - began)  # at most a tenth of the time
+            self._missed_at = time.monotonic() + 9 * (time.monotonic() - began)  # wrong tokens take a tenth of our time
         client = self._by_digest.get(digest)
         if client is None:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
@@ -2208,7 +2228,7 @@ def too_large(max_body: int) -> Problem:
 
 def idempotency_key(header: str | None) -> str | None:
     """Return the Idempotency-Key of a request, bare or a quoted string (RFC 8941, 3.3.3); Problem 400 if malformed."""
-    if header and len(header) > 1 and header[0] == header[-1] == '"':
+    if header and 1 < len(header) < 1024 and header[0] == header[-1] == '"':
         header = re.sub(r'\\(["\\])', r"\1", header[1:-1])
     if header is not None and not re.fullmatch(KEY, header):
         raise Problem(400, "Idempotency-Key takes 1 to 255 visible ASCII characters, without spaces.")
@@ -2410,7 +2430,7 @@ class StreamResource(ViewResource):
         data = without_gzip(data, environ.get("HTTP_CONTENT_ENCODING"), self._max_body)
         outcomes, refused = extra("outcomes"), None
         if kind == FORM:
-            data = extra("senders").form_as_json(data)
+            data = extra("senders").form_as_json(data, self._max_body)
         if kind == NDJSON and outcomes and outcomes.is_lenient(environ):
             texts, lines, refused = outcomes.lenient_lines(data)
         else:
@@ -2419,11 +2439,10 @@ class StreamResource(ViewResource):
         if is_signed and texts:
             key = context.key_of(texts[0])
         if key is None and KEY_IS_BODY in context.client.grants:
-            key = digest_of(data.decode(errors="replace"))
+            key = digest_of(data.decode()) if refused is None else ""  # then each line is its own
         headers = (kept_headers(environ, len(texts)),) if stream.has_headers else ()
-        return Entry(
-            stream, context.client.name, key, texts, headers, lines, refused, signed=is_signed, deadline=deadline
-        )
+        entry = Entry(stream, context.client.name, key, texts, headers, lines, signed=is_signed, deadline=deadline)
+        return outcomes.lenient(entry, refused) if refused is not None else entry
 
     def _late_answer(self, entry: Entry, url: str, address: str | None, claim: str | None) -> Answer | None:
         """Return the answer to an entry, if it has its result, and count it."""
@@ -2799,8 +2818,9 @@ def add_client(db: sqlite3.Connection, name: str, options: argparse.Namespace) -
     if not re.fullmatch(r"\w[\w.@-]{0,63}", name):
         raise SetupError("NAME takes up to 64 letters, digits, '.', '_', '-' and '@'")
     of_old = db.execute("SELECT c.can FROM clients AS c WHERE c.name = ? ORDER BY c.made_at DESC", (name,)).fetchone()
-    can = options.can or (of_old[0].split() if of_old else ["write", "read"])
-    if options.key and KEY_IS_BODY not in can:
+    old = of_old[0].split() if of_old else []
+    can = options.can or old or ["write", "read"]
+    if (options.key or KEY_IS_BODY in old) and KEY_IS_BODY not in can:
         can.append(KEY_IS_BODY)
     require_grants(db, [grant for grant in can if grant != KEY_IS_BODY])
     if options.secret and not options.signs:

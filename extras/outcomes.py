@@ -11,6 +11,7 @@ from typing import Any
 import service
 from service import JSON, PRIVATE, Entry, Problem, Store, Stored
 
+PORTION = 500  # lines of a lenient batch in one COMMIT: one that is refused costs ten times as much as one that is not
 LISTED_LINES = 100  # refused ones of a lenient batch, in its answer
 NOTE_BYTES = 65_536  # of a message that a rule refuses, in the stream `refused`
 # In hexadecimal, because it may be no UTF-8, and so that rqlite can send it.
@@ -21,8 +22,8 @@ ANSWER = (
 
 def is_lenient(environ: dict[str, Any]) -> bool:
     """Does a request ask that each line of its batch stands for itself? RFC 7240, 4.4: Prefer: handling=lenient"""
-    prefer = environ.get("HTTP_PREFER", "")
-    return bool(re.search(r'(?:^|,)\s*handling\s*=\s*"?lenient\b', prefer, re.IGNORECASE))
+    found = re.search(r'(?:^|,)\s*handling\s*=\s*"?(\w+)', environ.get("HTTP_PREFER", ""), re.IGNORECASE)
+    return bool(found and found[1].lower() == "lenient")
 
 
 def lenient_lines(data: bytes) -> tuple[list[str], list[int], list[dict[str, Any]]]:
@@ -44,6 +45,19 @@ def lenient_lines(data: bytes) -> tuple[list[str], list[int], list[dict[str, Any
     return texts, numbers, refused
 
 
+def lenient(entry: Entry, refused: list[dict[str, Any]]) -> Entry:
+    """Return an entry as a lenient batch. It comes to the disk in portions, so that it holds up nobody for long."""
+    entry.refused = refused
+    entry.later = list(zip(entry.bodies, entry.lines, strict=True))
+    take_portion(entry)
+    return entry
+
+
+def take_portion(entry: Entry) -> None:
+    portion, entry.later = entry.later[:PORTION], entry.later[PORTION:]
+    entry.bodies, entry.lines = [body for body, _ in portion], [line for _, line in portion]
+
+
 def refused_line(number: int, problem: Problem) -> dict[str, Any]:
     return {"line": number, "status": problem.status, "detail": problem.detail}
 
@@ -53,11 +67,11 @@ class Outcomes:
 
     def __init__(self, store: Store):
         self._store = store
-        self._notes: list[tuple[Entry, Entry]] = []  # entries that rules have refused, and what is kept of each
+        self.notes: list[tuple[Entry, Entry]] = []  # entries that rules have refused, and what is kept of each
 
-    def of_refused(self, db: Any, entry: Entry, problem: Problem, received_at: str) -> Stored | Problem:
-        """Return the result of an entry that a rule refuses: of a lenient batch, the other lines are inserted."""
-        if entry.refused is not None:
+    def of_refused(self, db: Any, entry: Entry, problem: Problem, received_at: str, by_line: bool) -> Stored | Problem:
+        """Return the result of an entry that a rule refuses. by_line: of a lenient batch, others are inserted."""
+        if entry.refused is not None and by_line:
             return self._line_by_line(db, entry, received_at)
         kept_in = self._store.schema.streams.get("refused")
         if kept_in and kept_in.takes and entry.stream is not kept_in:
@@ -67,20 +81,20 @@ class Outcomes:
             body |= {"key": entry.key, "body": text.encode()[:NOTE_BYTES].decode(errors="ignore")}
             headers = (entry.headers or (None,)) if kept_in.has_headers else ()
             note = Entry(kept_in, entry.client, None, [json.dumps(body, ensure_ascii=False)], headers)
-            self._notes.append((entry, note))
+            self.notes.append((entry, note))
         return problem
 
     def _line_by_line(self, db: Any, entry: Entry, received_at: str) -> Stored | Problem:
         lines = [
-            Entry(entry.stream, entry.client, service.key_of_body(entry.key, n), [body], entry.headers, line=line)
+            Entry(entry.stream, entry.client, entry.key_of(n), [body], entry.headers, line=line)
             for n, (body, line) in enumerate(zip(entry.bodies, entry.lines, strict=True), 1)
         ]
-        noted = len(self._notes)
+        noted = len(self.notes)
         try:
             results = self._store.results(db, lines, received_at)
         except service.Undone as undone:
             raise service.Undone(entry, undone.error) from None
-        self._notes[noted:] = [(entry, note) for _, note in self._notes[noted:]]
+        self.notes[noted:] = [(entry, note) for _, note in self.notes[noted:]]
         stored, refused = [], []
         for line, result in zip(entry.lines, results, strict=True):
             if isinstance(result, Stored):
@@ -101,7 +115,10 @@ class Outcomes:
         asked = {}
         for n, (entry, result) in enumerate(zip(entries, results, strict=True)):
             if isinstance(result, Stored) and entry.refused is not None:
-                results[n] = result._replace(answer=lenient_answer(entry, result))
+                if entry.later:
+                    results[n] = result._replace(is_part=True)
+                else:
+                    results[n] = result._replace(answer=lenient_answer(entry, [*entry.earlier, result]))
             elif isinstance(result, Stored) and entry.stream.has_answer and entry.bodies and not entry.lines:
                 asked[n] = ANSWER.format(entry.stream.name), {"id": result.first_id}
         answers = self._store.database.fetch(db, list(asked.values())) if asked else []
@@ -114,9 +131,14 @@ class Outcomes:
                 answer = "200 OK", headers_of(result, kind), bytes.fromhex(rows[0][0])
                 results[n] = result._replace(answer=answer)
 
+    def go_on(self, entry: Entry, part: Stored) -> None:
+        """Let the next portion of a lenient batch come: part is on disk."""
+        entry.earlier.append(part)
+        take_portion(entry)
+
     def _keep_notes(self, db: Any, received_at: str) -> None:
-        """Insert what is kept. If a note undoes the transaction, its entry has undone it."""
-        owners, self._notes = {note: entry for entry, note in self._notes}, []
+        """Insert what is kept. If that undoes the transaction, the entry that it is about gets the blame."""
+        owners, self.notes = {note: entry for entry, note in self.notes}, []
         try:
             for found in self._store.database.insert(db, list(owners), received_at) if owners else ():
                 if isinstance(found, Exception):
@@ -129,14 +151,22 @@ def headers_of(stored: Stored, kind: str) -> list[tuple[str, str]]:
     return [("Content-Type", kind), *PRIVATE, *([("Idempotent-Replayed", "true")] if stored.replayed else [])]
 
 
-def lenient_answer(entry: Entry, stored: Stored) -> service.Answer:
+def lenient_answer(entry: Entry, parts: list[Stored]) -> service.Answer:
     """Return the answer to a lenient batch: 201 with what was stored, and the first LISTED_LINES that were refused."""
-    refused = sorted([*(entry.refused or ()), *stored.refused], key=lambda each: each["line"])
+    refused = sorted([*(entry.refused or ()), *(line for part in parts for line in part.refused)], key=line_number)
     if refused:
-        service.log.info("%d lines of %s were refused", len(refused), service.shown(entry.client))
-    members: dict[str, Any] = {"count": stored.number, "first_id": None, "last_id": None}
-    if stored.number:
-        members |= {"first_id": stored.first_id, "last_id": stored.last_id}
-    members |= {"refused": refused[:LISTED_LINES], "received_at": stored.received_at}
-    headers = [*headers_of(stored, JSON), ("Preference-Applied", "handling=lenient")]
+        first = f"line {refused[0]['line']}: {service.shown(refused[0]['detail'], 256)}"
+        told = "%d lines of %s at /%s were refused; %s"
+        service.log.info(told, len(refused), service.shown(entry.client), entry.stream.name, first)
+    stored = [part for part in parts if part.number] or parts
+    first_id, last_id = min(part.first_id for part in stored), max(part.last_id for part in stored)
+    count, replayed = sum(part.number for part in parts), all(part.replayed for part in stored)
+    members: dict[str, Any] = {"count": count, "first_id": first_id if count else None}
+    members |= {"last_id": last_id if count else None, "refused": refused[:LISTED_LINES]}
+    members |= {"received_at": stored[0].received_at}
+    headers = [*headers_of(stored[0]._replace(replayed=replayed), JSON), ("Preference-Applied", "handling=lenient")]
     return "201 Created", headers, json.dumps(members).encode()
+
+
+def line_number(refused: dict[str, Any]) -> int:
+    return refused["line"]

@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
 
-from service import KEY, Client, Problem, SetupError, digest_of
+from service import KEY, Client, Problem, SetupError, digest_of, too_large
 
 # Each may have the token in place of Authorization.
 TOKEN_HEADERS = frozenset(
@@ -40,8 +39,8 @@ class Scheme(NamedTuple):
     time: tuple[str, str] | None = None  # a header and a pattern
     delivery: tuple[str, ...] = ()  # the headers that can name the delivery: the first that is there does
     delivery_member: str = ""  # of the body, if no header names it
-    secret_prefix: str = ""  # what secrets begin with that are in base64
-    is_ours: bool = True  # may we choose the secret?
+    secret_prefix: str = ""  # of secrets whose rest is base64; empty: the secret is plain text
+    is_ours: bool = True  # may we make the secret?
 
     def hmac_key(self, secret: str) -> bytes:
         """Return the HMAC key in the text of a secret; ValueError if it is malformed."""
@@ -50,6 +49,7 @@ class Scheme(NamedTuple):
         return secret.encode()
 
 
+# To add one: a row here, one in SIGNED of test_senders.py, and one in the table of README.
 BASE64, HEX, SECONDS = base64.b64encode, binascii.hexlify, r"^(\d{1,18})$"
 SCHEMES = {
     # https://www.standardwebhooks.com
@@ -97,22 +97,31 @@ class Senders:
 
     def know(self, environ: dict[str, Any]) -> bool:
         """Has a request a signature of a scheme that a client has?"""
-        return self._scheme_of(environ) in self._by_scheme
+        return any(SCHEMES[name].signature_header in environ for name in self._by_scheme)
 
     def unknown(self, environ: dict[str, Any]) -> str:
-        """Return what the log says of a request that nobody here has signed; empty if it has no signature."""
-        scheme = self._scheme_of(environ)
-        return f"It is signed ({scheme}), but no client here signs like that." if scheme else ""
+        """Return what the log says of a request whose signature is of a scheme that no client has; empty if none."""
+        schemes = [name for name, scheme in SCHEMES.items() if scheme.signature_header in environ]
+        return f"It is signed ({', '.join(schemes)}), but no client here signs like that." if schemes else ""
 
     def verify(self, environ: dict[str, Any], body: bytes) -> tuple[Client, Callable[[str], str | None]]:
         """Return the client that has signed a body, and a function: the key of the message, from its JSON text.
 
         Raises ValueError if there is none, or, where the scheme signs a time, if that is not of now.
         """
-        name = self._scheme_of(environ)
+        reasons = []
+        for name in self._by_scheme:
+            if SCHEMES[name].signature_header in environ:
+                try:
+                    return self._verify(name, environ, body)
+                except ValueError as error:
+                    reasons.append(str(error))
+        raise ValueError(" ".join(reasons))
+
+    def _verify(self, name: str, environ: dict[str, Any], body: bytes) -> tuple[Client, Callable[[str], str | None]]:
         scheme = SCHEMES[name]
         given = [text.encode("latin-1") for text in re.findall(scheme.signature, environ[scheme.signature_header])]
-        delivery, signed_at = next((environ[name] for name in scheme.delivery if name in environ), ""), ""
+        delivery, signed_at = next((environ[header] for header in scheme.delivery if header in environ), ""), ""
         if scheme.time:
             header, pattern = scheme.time
             found = re.search(pattern, environ.get(header, ""), re.ASCII)
@@ -121,22 +130,17 @@ class Senders:
                 raise ValueError(f"The signature has no time, or one that is not within {SIGNED_WITHIN_S} s of now.")
         signed = scheme.signed_prefix.format(id=delivery, time=signed_at).encode("latin-1") + body
         if given and (delivery or "{id}" not in scheme.signed_prefix):
-            for key, client in self._by_scheme.get(name, ()):
+            for key, client in self._by_scheme[name]:
                 expected = scheme.encode(hmac.digest(key, signed, "sha256"))
                 if any(hmac.compare_digest(expected, signature) for signature in given[:MOST_SIGNATURES]):
                     return client, partial(key_of_delivery, delivery, scheme.delivery_member)
         raise ValueError(f"The signature ({name}) is not valid here.")
 
-    def _scheme_of(self, environ: dict[str, Any]) -> str:
-        """Return the scheme by which a request is signed, if it can be, one that a client has; empty if it is not."""
-        found = [name for name, scheme in SCHEMES.items() if scheme.signature_header in environ]
-        return next((name for name in found if name in self._by_scheme), found[0] if found else "")
-
 
 def key_of_delivery(delivery: str, member: str, text: str) -> str | None:
-    """Return the key for a delivery, which a header names, or else a member of the message.
+    """Return the key for a delivery. A scheme has a header that names it, or a member of the message does.
 
-    It is that name, or its digest if it is not a valid key, or None if it is empty.
+    The key is that name, or its digest if it is not a valid key, or None if it is empty.
     """
     if member:
         message = json.loads(text, parse_int=float)
@@ -148,7 +152,7 @@ def key_of_delivery(delivery: str, member: str, text: str) -> str | None:
 
 
 def one_token(environ: dict[str, Any], token: str) -> str:
-    """Return the token in a request, of which the one in Authorization is known; Problem 400 if it has several."""
+    """Return the one token of a request. token: that in Authorization. Problem 400 if there are two that differ."""
     tokens = {environ[name] for name in TOKEN_HEADERS & environ.keys()} | {token}
     tokens.discard("")
     if len(tokens) > 1:
@@ -156,26 +160,39 @@ def one_token(environ: dict[str, Any], token: str) -> str:
     return tokens.pop() if tokens else ""
 
 
-def form_as_json(form: bytes) -> bytes:
+def form_as_json(form: bytes, most_bytes: int) -> bytes:
     """Return the fields of a form as a JSON object of texts, with an array where a name comes several times.
 
-    Problem 400 if it is not in UTF-8, 413 if it has too many fields. https://url.spec.whatwg.org/#urlencoded-parsing
+    Problem 400 if it is not in UTF-8, 413 if it has too many fields, or as JSON too many bytes.
+    https://url.spec.whatwg.org/#urlencoded-parsing
     """
     if form.count(b"&") >= MOST_FIELDS:
         raise Problem(413, f"The form has more than {MOST_FIELDS} fields.", limit=MOST_FIELDS)
+    fields: dict[str, Any] = {}
     try:
-        pairs = parse_qsl(form.decode(), keep_blank_values=True, errors="strict")
+        for field in filter(None, form.split(b"&")):
+            name, value = (unquoted(part) for part in (*field.split(b"=", 1), b"")[:2])
+            if name not in fields:
+                fields[name] = value
+            elif isinstance(fields[name], list):
+                fields[name].append(value)
+            else:
+                fields[name] = [fields[name], value]
     except UnicodeDecodeError:
         raise Problem(400, "The form is not UTF-8.") from None
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name not in fields:
-            fields[name] = value
-        elif isinstance(fields[name], list):
-            fields[name].append(value)
-        else:
-            fields[name] = [fields[name], value]
-    return json.dumps(fields, ensure_ascii=False).encode()
+    found = json.dumps(fields, ensure_ascii=False).encode()
+    if len(found) > most_bytes:
+        raise too_large(most_bytes)
+    return found
+
+
+def unquoted(text: bytes) -> str:
+    """Return a name or value of a form. A % that begins no escape stays."""
+    return re.sub(rb"(?:%[0-9A-Fa-f]{2})++", unescaped, text.replace(b"+", b" ")).decode()
+
+
+def unescaped(escapes: re.Match[bytes]) -> bytes:
+    return bytes.fromhex(escapes[0].replace(b"%", b"").decode())
 
 
 def secret_for(name: str, given: str | None) -> str:

@@ -149,6 +149,7 @@ ELSEWHERE = {
     """,
     "what is refused is kept by a request of its own": """
         test_a_stream_refused_that_is_full_costs_only_who_was_refused
+        test_what_is_refused_is_kept_once_also_if_the_transaction_is_undone
     """,
     "rqlite takes seconds to read 40 MB": """
         test_clients_that_do_not_read_and_idle_ones_stop_nobody

@@ -213,6 +213,8 @@ def test_forms_and_senders_that_can_only_get_come_through_the_secret_path(server
     with secret_path(server) as address:
         assert ask(address, "GET", f"/hook-Zk3/get?{query}")[0] == 201
         assert ask(address, "POST", "/hook-Zk3/get", b"1")[0] == 403
+        assert ask(address, "HEAD", "/hook-Zk3/get?a=1")[0] == 403
+        assert ask(address, "GET", "/hook-Zk3/get")[0] == 400
         for kind in ("application/x-www-form-urlencoded", "text/plain"):
             headers = {"Content-Type": kind, "I-Twilio-Idempotency-Token": "t-1"}
             assert ask(address, "POST", "/hook-Zk3/form", query.encode(), **headers)[0] == 201
@@ -237,6 +239,16 @@ def test_handshakes_are_answered_and_then_posts_pass(server, tmp_path):
         for signature, status in ((signed, 201), (signed[:-1] + "x", 401)):
             headers = {"Content-Type": "application/json", "X-Hub-Signature-256": signature}
             assert ask(address, "POST", "/hook-Zk3/meta", body, **headers)[0] == status
+        # However the path is written, what is not signed does not come in.
+        for path in (
+            "/hook-Zk3/meta",
+            "/hook-Zk3/%6deta",
+            "/hook-Zk3/meta#",
+            "//hook-Zk3//met%61",
+            "/hook-Zk3/x/../meta",
+        ):
+            found, _, _ = ask(address, "POST", path, body, **{"Content-Type": "application/json"})
+            assert found == 401, path
         found, headers, content = ask(address, "GET", "/hook-Zk3/dropbox?challenge=a-B_9")
         assert (found, content, headers["X-Content-Type-Options"]) == (200, b"a-B_9", "nosniff")
         assert ask(address, "POST", "/hook-Zk3/dropbox", b'{"list_folder": {}}')[0] == 201
@@ -247,6 +259,12 @@ def test_handshakes_are_answered_and_then_posts_pass(server, tmp_path):
         headers = {"Content-Type": "application/cloudevents+json"}
         assert ask(address, "POST", "/hook-Zk3/cloudevents", b'{"id": "1"}', **headers)[0] == 201
     assert bodies(server) == [{"object": "page"}, {"list_folder": {}}, {"id": "1"}]
+
+
+def test_a_token_that_the_sender_has_for_somebody_else_does_no_harm(server):
+    with secret_path(server) as address:
+        for name in ("X-Gitlab-Token", "X-Api-Key", "X-Amz-Firehose-Access-Key", "Authorization"):
+            assert ask(address, "POST", "/hook-Zk3", b"1", **{name: "theirs"})[0] == 201, name
 
 
 def test_reports_and_beacons_of_one_site_come_in(server):
