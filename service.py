@@ -856,7 +856,7 @@ class Store:
         self.queue: deque[Entry] = deque()  # entries that nobody writes yet
         self._group: list[Entry] = []  # what is being written
         outcomes = extra("outcomes")
-        self._outcomes = outcomes.Outcomes(self) if outcomes else None
+        self._outcomes = outcomes.Outcomes() if outcomes else None
         self._turn = threading.Lock()  # of the thread that writes
         self._look_at = 0.0  # for entries whose deadline has passed
         self._schema_look_at, self._schema_version = 0.0, (0, -1)  # does the database still have this schema?
@@ -970,7 +970,7 @@ class Store:
                 received_at = self._clock()
                 results = self.results(db, self._group, received_at)
                 if self._outcomes:
-                    self._outcomes.complete(db, self._group, results, received_at)
+                    self._outcomes.complete(self, db, self._group, results, received_at)
             new = [each.number for each in results if isinstance(each, Stored) and not each.replayed]
             self.statistics.committed(time.monotonic() - began, sum(new))
             group, self._group = self._group, []
@@ -1081,7 +1081,7 @@ class Store:
                 replay = self._replay(entry, stored.get(entry, []))
                 found = replay or self._refusal(entry, found)
                 if self._outcomes and isinstance(found, Problem) and found.status < 500:
-                    found = self._outcomes.of_refused(db, entry, found, received_at, not replay)
+                    found = self._outcomes.of_refused(self, db, entry, found, received_at, not replay)
             results.append(found)
         return results
 

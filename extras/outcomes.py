@@ -65,15 +65,16 @@ def refused_line(number: int, problem: Problem) -> dict[str, Any]:
 class Outcomes:
     """The store asks it twice about each group of entries that it writes. Only the thread that writes uses it."""
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self) -> None:
         self.notes: list[tuple[Entry, Entry]] = []  # entries that rules have refused, and what is kept of each
 
-    def of_refused(self, db: Any, entry: Entry, problem: Problem, received_at: str, by_line: bool) -> Stored | Problem:
+    def of_refused(
+        self, store: Store, db: Any, entry: Entry, problem: Problem, received_at: str, by_line: bool
+    ) -> Stored | Problem:
         """Return the result of an entry that a rule refuses. by_line: of a lenient batch, others are inserted."""
         if entry.refused is not None and by_line:
-            return self._line_by_line(db, entry, received_at)
-        kept_in = self._store.schema.streams.get("refused")
+            return self._line_by_line(store, db, entry, received_at)
+        kept_in = store.schema.streams.get("refused")
         if kept_in and kept_in.takes and entry.stream is not kept_in:
             line = problem.members.get("line")
             text = entry.bodies[entry.ordinal - 1] if line or not entry.lines else "\n".join(entry.bodies)
@@ -84,14 +85,14 @@ class Outcomes:
             self.notes.append((entry, note))
         return problem
 
-    def _line_by_line(self, db: Any, entry: Entry, received_at: str) -> Stored | Problem:
+    def _line_by_line(self, store: Store, db: Any, entry: Entry, received_at: str) -> Stored | Problem:
         lines = [
             Entry(entry.stream, entry.client, entry.key_of(n), [body], entry.headers, line=line)
             for n, (body, line) in enumerate(zip(entry.bodies, entry.lines, strict=True), 1)
         ]
         noted = len(self.notes)
         try:
-            results = self._store.results(db, lines, received_at)
+            results = store.results(db, lines, received_at)
         except service.Undone as undone:
             raise service.Undone(entry, undone.error) from None
         self.notes[noted:] = [(entry, note) for _, note in self.notes[noted:]]
@@ -109,9 +110,11 @@ class Outcomes:
         replayed = all(each.replayed for each in stored)
         return Stored(first, last, stored[0].received_at, len(stored), replayed, tuple(refused))
 
-    def complete(self, db: Any, entries: list[Entry], results: list[Stored | Problem], received_at: str) -> None:
+    def complete(
+        self, store: Store, db: Any, entries: list[Entry], results: list[Stored | Problem], received_at: str
+    ) -> None:
         """Before the COMMIT: keep what was refused, and put answers of their own into the results."""
-        self._keep_notes(db, received_at)
+        self._keep_notes(store, db, received_at)
         asked = {}
         for n, (entry, result) in enumerate(zip(entries, results, strict=True)):
             if isinstance(result, Stored) and entry.refused is not None:
@@ -121,7 +124,7 @@ class Outcomes:
                     results[n] = result._replace(answer=lenient_answer(entry, [*entry.earlier, result]))
             elif isinstance(result, Stored) and entry.stream.has_answer and entry.bodies and not entry.lines:
                 asked[n] = ANSWER.format(entry.stream.name), {"id": result.first_id}
-        answers = self._store.database.fetch(db, list(asked.values())) if asked else []
+        answers = store.database.fetch(db, list(asked.values())) if asked else []
         for n, rows in zip(asked, answers, strict=True):
             result = results[n]
             if isinstance(rows, Exception):
@@ -136,11 +139,11 @@ class Outcomes:
         entry.earlier.append(part)
         take_portion(entry)
 
-    def _keep_notes(self, db: Any, received_at: str) -> None:
+    def _keep_notes(self, store: Store, db: Any, received_at: str) -> None:
         """Insert what is kept. If that undoes the transaction, the entry that it is about gets the blame."""
         owners, self.notes = {note: entry for entry, note in self.notes}, []
         try:
-            for found in self._store.database.insert(db, list(owners), received_at) if owners else ():
+            for found in store.database.insert(db, list(owners), received_at) if owners else ():
                 if isinstance(found, Exception):
                     service.log.error("what was refused cannot be kept in the stream refused: %s", found)
         except service.Undone as undone:
