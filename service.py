@@ -2410,7 +2410,8 @@ class StreamResource(ViewResource):
             resp.set_headers(headers)
             return
         poll = partial(self._late_answer, entry, url, req.env.get("REMOTE_ADDR"), req.env.get("HTTP_X_FORWARDED_FOR"))
-        changed = answer_later(poll, sum(map(sys.getsizeof, entry.bodies)))
+        bodies = entry.bodies + [body for body, _ in entry.later]
+        changed = answer_later(poll, sum(map(sys.getsizeof, bodies)))
         if not changed:
             raise Problem(503, "Too many large messages wait for their COMMIT.")
         req.context.is_put_off = True

@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import service
-from test_service import BATCH, change, client_of, readme, rows, stream_sql
+from test_service import BATCH, TOKEN, change, client_of, readme, rows, stream_sql
 
 # The column `answer`, lenient batches, and what is refused
 
@@ -117,6 +117,15 @@ def test_a_large_lenient_batch_comes_in_portions(open_store):
     assert (second.json, second.headers["Idempotent-Replayed"]) == (first, "true")
     assert rows(store, "SELECT count(*), count(DISTINCT key) FROM strict") == [(2574, 2574)]
     assert rows(store, "SELECT count(*) FROM refused") == [(52,)]
+
+
+def test_all_of_a_lenient_batch_is_counted_while_it_waits(open_store):
+    client, sizes = client_of(open_store(REFUSED)), []
+    later = {"inlet.answer_later": lambda _, size: sizes.append(size)}  # None: there is no room
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": service.NDJSON, "Prefer": "handling=lenient"}
+    body = "\n".join(json.dumps("x" * 100) for _ in range(2000))
+    assert client.simulate_post("/strict", body=body, headers=headers, extras=later).status_code == 503
+    assert sizes[0] > len(body)
 
 
 def test_the_first_preference_counts(open_store):
