@@ -977,7 +977,7 @@ class Store:
             for entry, result in zip(group, results, strict=True):
                 if self._outcomes and isinstance(result, Stored) and result.is_part:
                     self._outcomes.go_on(entry, result)
-                    self.queue.append(entry)
+                    self.queue.appendleft(entry)  # those that came first end first
                 else:
                     self._give(entry, result)
         except Undone as error:
