@@ -78,7 +78,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -807,8 +807,8 @@ class Entry:
     headers: tuple[str | None, ...] = ()  # the request's, as one JSON object, if the stream has a column for them
     lines: list[int] = field(default_factory=list)
     refused: list[dict[str, Any]] | None = None
-    later: list[tuple[str, int]] = field(default_factory=list)  # of a lenient batch: what comes in other COMMITs
-    earlier: list[Stored] = field(default_factory=list)
+    later: Sequence[tuple[str, int]] = ()  # of a lenient batch: lines that come in other COMMITs
+    earlier: tuple[Stored, ...] = ()
     line: int = 0
     signed: bool = False  # then a known key gets its first answer, even with another body
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
@@ -973,13 +973,7 @@ class Store:
                     self._outcomes.complete(self, db, self._group, results, received_at)
             new = [each.number for each in results if isinstance(each, Stored) and not each.replayed]
             self.statistics.committed(time.monotonic() - began, sum(new))
-            group, self._group = self._group, []
-            for entry, result in zip(group, results, strict=True):
-                if self._outcomes and isinstance(result, Stored) and result.is_part:
-                    self._outcomes.go_on(entry, result)
-                    self.queue.appendleft(entry)  # those that came first end first
-                else:
-                    self._give(entry, result)
+            self._give_all(results)
         except Undone as error:
             self._write_others_again(error)
         except (sqlite3.Error, OSError, MemoryError) as error:
@@ -996,6 +990,16 @@ class Store:
             self._group = []
             if self._outcomes:
                 self._outcomes.notes = []
+
+    def _give_all(self, results: list[Stored | Problem]) -> None:
+        """Give the group its results. A lenient batch of which only a part is there goes on."""
+        group, self._group = self._group, []
+        for entry, result in zip(group, results, strict=True):
+            if self._outcomes and isinstance(result, Stored) and result.is_part:
+                self._outcomes.go_on(entry, result)
+                self.queue.appendleft(entry)  # those that came first end first
+            else:
+                self._give(entry, result)
 
     def _require_schema(self, db: sqlite3.Connection) -> None:
         """Once a second, raise DatabaseError if the database has got rules beside us with which it is not served.
@@ -1467,8 +1471,9 @@ class Database:
     def _put_aside_old_wal(self, lock: IO) -> None:
         """Put a WAL aside that belongs to the database that was here before this one.
 
-        The lock says which files a process has opened last to write. So no process opens a WAL with a database that is
-        not its own, whichever is the first to see that the database was replaced, and also after a restart.
+        The lock says which files a process has opened last to write. So a WAL is never opened with a database that is
+        not its own. Whichever process is the first to see that the database was replaced, this holds, also after a
+        restart.
         """
         with contextlib.suppress(ValueError):  # it is empty
             old_database, old_wal = json.loads(os.pread(lock.fileno(), LOCK_BYTES, 0))
@@ -2436,9 +2441,10 @@ class StreamResource(ViewResource):
             texts, lines, refused = outcomes.lenient_lines(data)
         else:
             texts, lines = json_texts(data, kind == NDJSON)
-        key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY")) if not is_signed else None
-        if is_signed and texts:
-            key = context.key_of(texts[0])
+        if is_signed:
+            key = context.key_of(texts[0]) if texts else None
+        else:
+            key = idempotency_key(environ.get("HTTP_IDEMPOTENCY_KEY"))
         if key is None and KEY_IS_BODY in context.client.grants:
             key = digest_of(data.decode()) if refused is None else ""  # then each line is its own
         headers = (kept_headers(environ, len(texts)),) if stream.has_headers else ()

@@ -4,8 +4,8 @@ A Connection is given what a client sends, as it comes. next_request() returns a
 nothing but its refusal can be answered; None means that more bytes are needed. answer() puts an answer into `output`,
 which is to be sent. Requests are answered one after the other.
 
-What two servers in a row could understand differently is refused (RFC 9112, 11.2), and what can never become a request
-is refused at once. No byte is looked at again and again, however small the pieces are that it comes in.
+What two servers in a row could understand differently is refused (RFC 9112, 11.2). What can never become a request is
+refused at once. No byte is looked at again and again, however small the pieces are that it comes in.
 """
 
 import io

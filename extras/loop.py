@@ -52,8 +52,8 @@ class Server:
 
     admit(environ) is asked when a head has come without the whole of its body: how many bytes may that have, and to
     whose account do they go? room is the limit for the sum of each account. With 0 bytes, the app is run without the
-    body. after_turn() is called at the end of each turn. lanes: for each kind of GET, how many threads run it, and
-    lane_of(path, query) is the number of its lane, so that slow ones hold up no others.
+    body. after_turn() is called at the end of each turn. Kinds of GETs have lanes, so that slow ones hold up no others:
+    lane_of(path, query) is the number of a lane, and lanes says how many threads each has.
     """
 
     def __init__(

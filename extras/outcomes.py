@@ -14,7 +14,7 @@ from service import JSON, PRIVATE, Entry, Problem, Store, Stored
 PORTION = 500  # lines of a lenient batch in one COMMIT: one that is refused costs ten times as much as one that is not
 LISTED_LINES = 100  # refused ones of a lenient batch, in its answer
 NOTE_BYTES = 65_536  # of a message that a rule refuses, in the stream `refused`
-# In hexadecimal, because it may be no UTF-8, and so that rqlite can send it.
+# In hexadecimal: it may be no UTF-8, and rqlite sends only text.
 ANSWER = (
     'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) FROM "{}" AS t WHERE t.id = :id AND t.answer NOT NULL'
 )
@@ -136,7 +136,7 @@ class Outcomes:
 
     def go_on(self, entry: Entry, part: Stored) -> None:
         """Let the next portion of a lenient batch come: part is on disk."""
-        entry.earlier.append(part)
+        entry.earlier += (part,)
         take_portion(entry)
 
     def _keep_notes(self, store: Store, db: Any, received_at: str) -> None:

@@ -22,7 +22,6 @@ from service import KEY, Client, Problem, SetupError, digest_of, too_large
 TOKEN_HEADERS = frozenset(
     ("HTTP_X_API_KEY", "HTTP_X_GITLAB_TOKEN", "HTTP_X_TELEGRAM_BOT_API_SECRET_TOKEN", "HTTP_X_AMZ_FIREHOSE_ACCESS_KEY")
 )
-
 MOST_FIELDS = 1000  # of a form
 SIGNED_WITHIN_S = 300  # for schemes that sign a time
 SHORTEST_SECRET = 8  # bytes

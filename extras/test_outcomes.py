@@ -44,7 +44,7 @@ def test_a_generated_column_answer_is_what_the_client_gets(open_store):
 
 
 def test_a_stored_column_answer_is_only_a_column(open_store):
-    client = client_of(open_store(stream_sql("messages", ", answer TEXT")))
+    client = client_of(open_store(stream_sql("messages", ", answer TEXT DEFAULT 'x'")))
     assert client.post("messages", "1").status_code == 201
 
 

@@ -26,13 +26,20 @@ def free_port() -> int:
 
 
 def adapted(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
-    """A file of deploy/ with other ports and paths, in folder. Each change has to apply."""
+    """A file of deploy/, or of a folder in it, with other ports and paths, in folder. Each change has to apply."""
     text = (DEPLOY / name).read_text()
     for old, new in changes:
         assert old in text, f"{old!r} is not in {name}"
         text = text.replace(old, new)
-    (folder / name).write_text(text)
-    return folder / name
+    file = folder / Path(name).name
+    file.write_text(text)
+    return file
+
+
+def temporary_paths(folder: Path) -> str:
+    """What lets nginx keep its temporary files in a folder."""
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    return "".join(f"{kind}_temp_path {folder}/nginx-{kind};" for kind in kinds)
 
 
 @contextlib.contextmanager
@@ -80,12 +87,9 @@ def nginx(folder: Path, upstream: str, prefix: str = ""):
     if prefix:
         changes.append(("location / {", f"location {prefix}/ {{"))
     adapted("nginx.conf", folder, *changes)
-    temporary = "".join(
-        f"{kind}_temp_path {folder}/nginx-{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
     (folder / "nginx-main.conf").write_text(
         f"daemon off; pid {folder}/nginx.pid; user root; worker_rlimit_nofile 20000; events {{ worker_connections 8192; }}"
-        f" http {{ access_log off; {temporary} include {folder}/nginx.conf; }}"
+        f" http {{ access_log off; {temporary_paths(folder)} include {folder}/nginx.conf; }}"
     )
     command = ["nginx", "-c", folder / "nginx-main.conf", "-e", folder / "nginx-error"]
     with running(command, folder, port, path=f"{prefix}/healthz"):

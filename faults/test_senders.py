@@ -4,6 +4,7 @@ In between, something else answers 503 in its place, as a proxy does.
 """
 
 import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from common import Server, database, sql, wait_until
-from deployed import BIN, DEPLOY, free_port, running
+from deployed import BIN, DEPLOY, adapted, free_port, running, temporary_paths
 from playwright.sync_api import sync_playwright
 
 from test_service import DEADLINE_S, TOKEN, run, stream_sql
@@ -70,14 +71,10 @@ def token_of(server, *flags):
     return run(server.folder, "client", "add", "program", "--can", "write:events", *flags).stdout.strip()
 
 
-def adapted(server, name, token, *changes):
+def for_server(server, name, token, *changes):
     """A file of deploy/senders/, for this server."""
-    text = (DEPLOY / "senders" / name).read_text()
-    for old, new in (("127.0.0.1:8080", server.address), ("THE-TOKEN", token), *changes):
-        assert old in text, f"{old!r} is not in {name}"
-        text = text.replace(old, new)
-    (server.folder / name).write_text(text)
-    return server.folder / name
+    changes = (("127.0.0.1:8080", server.address), ("THE-TOKEN", token), *changes)
+    return adapted(f"senders/{name}", server.folder, *changes)
 
 
 def through_an_outage(server, send, number_of):
@@ -108,7 +105,7 @@ def through_an_outage(server, send, number_of):
 def test_alertmanager(server):
     """An alert can come twice, if the answer to the first was lost."""
     token, port = token_of(server), free_port()
-    config = adapted(server, "alertmanager.yml", token)
+    config = for_server(server, "alertmanager.yml", token)
     command = ["prometheus-alertmanager", f"--config.file={config}", f"--storage.path={server.folder}/alerts"]
     command += [f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address="]
 
@@ -131,7 +128,7 @@ def test_syslog_ng(server):
     """Also what it has on its disk when it is killed."""
     folder = server.folder
     token = token_of(server, "--key", "body")
-    config = adapted(
+    config = for_server(
         server, "syslog-ng.conf", token, ("/run/inlet-syslog", f"{folder}/socket"), ("/var/lib/syslog-ng", str(folder))
     )
     command = [
@@ -171,13 +168,14 @@ def test_syslog_ng(server):
         running_now[-1].wait()
     assert sorted(json.loads(body)["MESSAGE"] for _, body, _ in rows) == sorted(f"n={n}" for n in range(2 * HALF))
     assert all(key for key, _, _ in rows)
+    assert len({json.loads(body)["UNIQID"] for _, body, _ in rows}) == 2 * HALF  # also a line that is like another one
 
 
 def test_telegraf(server):
     folder = server.folder
     token = token_of(server, "--key", "body")
     changes = ("/run/telegraf.sock", f"{folder}/sock"), ("/var/lib/telegraf", f"{folder}/buffer")
-    config = adapted(server, "telegraf.conf", token, *changes)
+    config = for_server(server, "telegraf.conf", token, *changes)
     process = subprocess.Popen([os.environ["INLET_TELEGRAF"], "--quiet", "--config", config])
 
     def send(first, last):
@@ -240,7 +238,13 @@ def test_node_red(server):
         with ThreadPoolExecutor(last - first) as pool:
             assert set(pool.map(post, range(first, last))) <= {200, 201}
 
+    def is_there():  # it listens before it has started the flow
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)) as connection:
+            connection.request("OPTIONS", "/in")
+            return connection.getresponse().status == 200
+
     with running(command, server.folder, port, environ, path="/in"):
+        wait_until(is_there, "the flow does not start")
         rows = through_an_outage(server, send, "count(DISTINCT body ->> 'n')")
     assert sorted(json.loads(body)["n"] for _, body, _ in rows) == list(range(2 * HALF))
     assert len({key for key, _, _ in rows}) == 2 * HALF
@@ -288,23 +292,17 @@ OPENSSL += " -addext subjectAltName=DNS:localhost"
 def a_site(server, directive):
     """A page over https that reports to deploy/webhooks.conf; yields (its URL, a tab of Chromium)."""
     folder, port, hooks = server.folder, free_port(), free_port()
-    text = (DEPLOY / "webhooks.conf").read_text()
-    for old, new in (
+    adapted(
+        "webhooks.conf",
+        folder,
         ("listen 8090;", f"listen 127.0.0.1:{hooks};"),
         ("THE-SECRET-PATH", "hook-Zk3"),
         ("THE-TOKEN", TOKEN),
         ("https://site.example", f"https://localhost:{port}"),
         ("inlet/messages", "inlet/events"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    (folder / "webhooks.conf").write_text(text)
-    places = "".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    site = SITE.format(
-        folder=folder, places=places, address=server.address, port=port, hooks=hooks, directive=directive, page=PAGE
-    )
+    ports = {"address": server.address, "port": port, "hooks": hooks}
+    site = SITE.format(folder=folder, places=temporary_paths(folder), directive=directive, page=PAGE, **ports)
     (folder / "all.conf").write_text(site)
     subprocess.run(OPENSSL.split(), cwd=folder, check=True, capture_output=True)
     flags = [

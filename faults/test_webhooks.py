@@ -21,7 +21,7 @@ import standardwebhooks
 import stripe
 import svix.webhooks
 from common import Server, database
-from deployed import DEPLOY, adapted, free_port, running
+from deployed import DEPLOY, adapted, free_port, running, temporary_paths
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import digest_of
@@ -117,13 +117,10 @@ def secret_path(server: Server):
     changes += [("THE-VERIFY-TOKEN", "verify-me"), ("Bearer THE-TOKEN", token)]
     adapted("webhooks.conf", folder, *changes)
     upstream = f"upstream inlet {{ server {server.address}; keepalive 8; }}"
-    places = "".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
     conf = folder / "all.conf"
     conf.write_text(
         f"daemon off; pid {folder}/pid; error_log stderr; events {{}}"
-        f" http {{ access_log off; {places} {upstream} include {folder}/webhooks.conf; }}"
+        f" http {{ access_log off; {temporary_paths(folder)} {upstream} include {folder}/webhooks.conf; }}"
     )
     with running(["nginx", "-p", folder, "-c", conf], folder, port, path="/"):
         yield "127.0.0.1", port
