@@ -14,8 +14,8 @@ has is generated from it. Constraints are the validation, triggers are the busin
 
 ROUTES
     POST /{stream}       take one message (application/json, or a form), or many, all or none (application/x-ndjson)
-    GET  /{stream}       the feed: messages in commit order, ?after=ID&limit=N&FIELD=VALUE
-    GET  /{stream}/{id}  one message
+    GET  /{stream}       the feed: messages in commit order, ?after=ID&limit=N&FIELD=VALUE, wait, fields, since
+    GET  /{stream}/{id}  one message; /{stream}/{id}/body is its body alone
     GET  /{view}         the same for a view with the message columns; {"rows": […]} for any other view
     GET  /               the streams and views that this client may use, and the version
     GET  /healthz        can a message be written now?  (needs no token)
@@ -37,7 +37,7 @@ LIMITS
 EXTRAS
  This file, schema.sql, falcon and waitress are the whole service. Each file in extras/ adds something, and may be
  deleted: a faster server (loop, connection, http1), senders that sign or send forms, lenient batches and other answers
- (outcomes), /metrics, migrate, a cluster (rqlite), the page.
+ (outcomes), reads that wait for the next message (waiting), /metrics, migrate, a cluster (rqlite), the page.
 
 TO CHANGE                                     SEE
  a route, or what it answers                  the app, resources
@@ -56,6 +56,7 @@ import argparse
 import base64
 import bisect
 import contextlib
+import csv
 import difflib
 import errno
 import fcntl
@@ -89,6 +90,7 @@ from itertools import accumulate
 from json.encoder import encode_basestring as json_string
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import quote, urlencode
 
@@ -185,11 +187,15 @@ def create_app(store: "Store", clients: "Clients") -> falcon.App:
     app.add_route("/healthz", HealthResource(store, clients))
     if metrics := extra("metrics"):
         app.add_route("/metrics", metrics.MetricsResource(store))
+    waiting = extra("waiting")
+    waits = waiting.Waits(store) if waiting else None
     for stream in store.schema.streams.values():
-        resource = (StreamResource if stream.takes else ViewResource)(store, stream, clients.max_body)
+        resource = (StreamResource if stream.takes else ViewResource)(store, stream, clients.max_body, waits)
         app.add_route(f"/{stream.name}", resource)
         if stream.has_ids:
-            app.add_route(f"/{stream.name}/{{message_id:int(min=1, max={MAX_ID})}}", resource, suffix="message")
+            one = f"/{stream.name}/{{message_id:int(min=1, max={MAX_ID})}}"
+            app.add_route(one, resource, suffix="message")
+            app.add_route(f"{one}/body", resource, suffix="body")
     app.add_error_handler((Exception, falcon.HTTPError), answer_error)
     return app
 
@@ -366,6 +372,7 @@ def storage_problem(error: Exception) -> Problem:
 
 OLDEST_SQLITE = (3, 38, 0)  # the first with ->> built in
 RESERVED_NAMES = ("clients", "clients_version", "healthz", "metrics")
+FEED_PARAMETERS = ("after", "limit", "wait", "fields", "since")
 MESSAGE_COLUMNS = {
     "id": "INTEGER PRIMARY KEY",  # AUTOINCREMENT
     "received_at": "TEXT NOT NULL",
@@ -476,10 +483,11 @@ def schema_objects(db: sqlite3.Connection) -> Objects:
 
 @dataclass(frozen=True)
 class Stream:
-    """What has a route: a table that takes messages, or a view. A view without ids is a report.
+    """What has a route: a table that takes messages, or a view. A view without the message columns is a report.
 
-    fields: the columns to filter by, and whether each has a type. has_answer: the generated column `answer` is what a
-    message is answered with.
+    fields: the columns to filter by, and whether each has a type. has_ids: it is a feed. id_place: which column of a
+    page is the id, by which it is ordered; a report can have none. sources: the tables that it reads. has_answer: the
+    generated column `answer` is what a message is answered with.
     """
 
     name: str
@@ -488,6 +496,8 @@ class Stream:
     has_ids: bool = True
     has_headers: bool = False
     has_answer: bool = False
+    id_place: int | None = 0
+    sources: frozenset[str] = frozenset()
 
     @cached_property
     def insert(self) -> str:
@@ -496,14 +506,18 @@ class Stream:
             return f'INSERT INTO "{self.name}" (received_at, client, key, body, headers) VALUES (?, ?, ?, ?, ?)'
         return f'INSERT INTO "{self.name}" (received_at, client, key, body) VALUES (?, ?, ?, ?)'
 
-    @cached_property
-    def selected(self) -> list[str]:
-        """The SQL of what a page has of a row t: id, received_at, client, key, body in bytes, headers if it has them.
-
-        A report has its own columns. A feed view can have anything in its columns: they are made what they should be.
+    def selected(self, with_fields: bool = False) -> list[str]:
+        """Return the SQL of what a page has of a row t: id, received_at, client, key, body in bytes, headers if it has
+        them, and its fields if they are wanted. A report has fields only.
         """
+        fields = [f"t.{quoted(name)}" for name in self.fields]
         if not self.has_ids:
-            return [f"t.{quoted(name)}" for name in self.fields]
+            return fields
+        return self._of_message + fields if with_fields else self._of_message
+
+    @cached_property
+    def _of_message(self) -> list[str]:
+        """A feed view can have anything in its columns: they are made what they should be."""
         if self.takes:
             columns = ["t.id", "t.received_at", "t.client", "t.key", "CAST(t.body AS BLOB)"]
             return [*columns, "t.headers"] if self.has_headers else columns
@@ -641,13 +655,14 @@ def stream_from(db: sqlite3.Connection, table: SchemaObject, is_strict: bool) ->
     headers = columns.pop("headers", None)
     if headers and (headers.definition != "TEXT" or headers.is_hidden):
         raise SetupError(f"{table}: its column headers must be headers TEXT")
-    require_route(table, columns, ["after", "limit"])
+    require_route(table, columns, FEED_PARAMETERS)
     for name, column in columns.items():
         if not (name in MESSAGE_COLUMNS or column.is_generated or column.can_be_empty):
             raise SetupError(f"{table}: nothing can fill the column {name}; generate it from the body")
     fields = {column.name: bool(column.has_type) for column in columns.values() if column.is_generated}
     has_answer = "answer" in columns and bool(columns["answer"].is_generated)
-    stream = Stream(table.name, fields, has_headers=bool(headers), has_answer=has_answer)
+    sources = frozenset([fold(table.name)])
+    stream = Stream(table.name, fields, has_headers=bool(headers), has_answer=has_answer, sources=sources)
     require_insert(db, table, stream)
     return stream
 
@@ -672,27 +687,40 @@ def require_insert(db: sqlite3.Connection, table: SchemaObject, stream: Stream) 
 
 def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
     """Return what a view has to show, or None if its name begins with _; SetupError if it cannot be read."""
+    read: set[str] = set()
+
+    def note(action: int, table: str | None, *_: Any) -> int:  # https://www.sqlite.org/c3ref/set_authorizer.html
+        if action == sqlite3.SQLITE_READ and table:
+            read.add(fold(table))
+        return sqlite3.SQLITE_OK
+
     try:
+        db.set_authorizer(note)
         db.execute(f"EXPLAIN SELECT * FROM {quoted(view.name)}")  # where no table clients is: no view can show a token
     except sqlite3.Error as error:
         raise SetupError(f"{view}: {error}") from None
+    finally:
+        db.set_authorizer(None)
     if view.name.startswith("_"):
         return None
     columns = columns_of(db, view.name)
     has_ids = columns.keys() >= MESSAGE_COLUMNS.keys()
-    require_route(view, columns, ["after", "limit"] if has_ids else ["limit"])
+    id_place = 0 if has_ids else list(columns).index("id") if "id" in columns else None
+    require_route(view, columns, FEED_PARAMETERS if has_ids else ["limit"] if id_place is None else ["after", "limit"])
     of_message = {*MESSAGE_COLUMNS, "headers"} if has_ids else set()
     fields = {column.name: bool(column.has_type) for name, column in columns.items() if name not in of_message}
-    return Stream(view.name, fields, takes=False, has_ids=has_ids, has_headers=has_ids and "headers" in columns)
+    has_headers = has_ids and "headers" in columns
+    return Stream(view.name, fields, False, has_ids, has_headers, id_place=id_place, sources=frozenset(read))
 
 
-def require_route(made: SchemaObject, columns: Iterable[str], parameters: list[str]) -> None:
+def require_route(made: SchemaObject, columns: Iterable[str], parameters: Sequence[str]) -> None:
     """Raise SetupError if the name of a table or view cannot be a path, or a column is called like a parameter."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", made.name) or fold(made.name) in RESERVED_NAMES:
         hint = "use letters, digits, _ and -, and no name of the service's"
         raise SetupError(f"{made.kind} {made.name!r} cannot be a route: {hint}")
-    for name in set(parameters).intersection(columns):
-        raise SetupError(f"{made}: GET has a parameter {name}; name the column otherwise")
+    for name in parameters:
+        if name in columns:
+            raise SetupError(f"{made}: GET has a parameter {name}; name the column otherwise")
 
 
 def sentences_of(db: sqlite3.Connection, table: SchemaObject) -> Iterator[tuple[str, str]]:
@@ -770,7 +798,13 @@ for name in ("ERROR", "TOOBIG", "MISMATCH", "CONSTRAINT", "CONSTRAINT_VTAB"):
 
 def utc_now() -> str:
     """Return the time in UTC as RFC 3339, with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+    return in_utc(datetime.now(UTC))
+
+
+def in_utc(moment: datetime) -> str:
+    """Return a moment as received_at has it. One without a time zone is in UTC."""
+    moment = moment.astimezone(UTC) if moment.tzinfo else moment
+    return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
 class Stored(NamedTuple):
@@ -1126,27 +1160,29 @@ class Store:
     def page(
         self,
         stream: Stream,
-        after: int,
+        after: int | None,
         limit: int,
         filters: dict[str, str],
         abandoned: Callable[[], bool] = lambda: False,
         until: int = MAX_ID,
+        with_fields: bool = False,
     ) -> Iterator[tuple]:
-        """Yield rows as Stream.selected has them, those of a feed in commit order: at most limit rows, with ids over
+        """Yield rows as Stream.selected has them, those with ids in their order: at most limit rows, with ids over
         after, up to until. filters: columns, and the texts that they must equal. Closing it ends its snapshot.
 
         Raises Problem 503 after READ_TIMEOUT_S in SQL, or when abandoned() says that nobody waits for the rows.
         """
         values: dict[str, Any] = {"after": after, "until": until, "limit": limit}
-        conditions = ["t.id > :after AND t.id <= :until"] if stream.has_ids else ["true"]
+        conditions = ["true"] if after is None else ["t.id > :after AND t.id <= :until"]
         for number, (column, text) in enumerate(filters.items()):
             conditions.append(condition(stream, column, number))
             values |= {f"text{number}": text, f"number{number}": number_in(text)}
-        sql, began = self.database.page_sql(stream, " AND ".join(conditions)), time.monotonic()
+        sql, began = self.database.page_sql(stream, " AND ".join(conditions), with_fields), time.monotonic()
         try:
             with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
                 # SQL makes text that is not UTF-8 out of a lone surrogate.
-                db.text_factory = str if stream.takes else partial(str, encoding="utf-8", errors="replace")
+                is_sent = stream.takes and not with_fields
+                db.text_factory = str if is_sent else partial(str, encoding="utf-8", errors="replace")
                 yield from db.execute(sql, values)
         except sqlite3.Error as error:
             if not (problem := self._read_problem(error, stream, filters, began)):
@@ -1191,9 +1227,28 @@ class Store:
             return (db.execute(sql, {"name": stream.name}).fetchone() or (0,))[0]
         return None
 
-    def message(self, stream: Stream, message_id: int) -> tuple | None:
+    def message(self, stream: Stream, message_id: int, with_fields: bool = False) -> tuple | None:
         """Return the row with an id, as page() has it, or None."""
-        return next(self.page(stream, message_id - 1, 1, {}, until=message_id), None)
+        return next(self.page(stream, message_id - 1, 1, {}, until=message_id, with_fields=with_fields), None)
+
+    def id_before(self, stream: Stream, since: str, after: int, abandoned: Callable[[], bool]) -> int:
+        """Return the id, after or a later one, behind which a feed has only what came at a time or later.
+
+        It is found by bisection, which needs no index, but that times grow with ids. Raises Problem 503 like page().
+        """
+        last, began = self.last_id(stream), time.monotonic()
+        low, high = after, MAX_ID if last is None else max(after, last)
+        row = f'CAST(t.id AS INTEGER), t.received_at FROM "{stream.name}" AS t'
+        sql = f"SELECT {row} WHERE t.id > ? ORDER BY t.id LIMIT 1"
+        try:
+            with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
+                while low < high:
+                    middle = (low + high) // 2
+                    found = db.execute(sql, (middle,)).fetchone()
+                    low, high = (found[0], high) if found and found[1] < since else (low, middle)
+        except sqlite3.Error as error:
+            raise self._read_problem(error, stream, (), began) or error from None
+        return low
 
 
 def rows_of(entry: Entry, received_at: str) -> Iterator[tuple]:
@@ -1561,10 +1616,11 @@ class Database:
                 db.close()
 
     @staticmethod
-    def page_sql(stream: Stream, conditions: str) -> str:
+    def page_sql(stream: Stream, conditions: str, with_fields: bool) -> str:
         """Return the SQL of a page; the parameter :limit is the number of its rows."""
-        order = " ORDER BY t.id" if stream.has_ids else ""
-        return f'SELECT {", ".join(stream.selected)} FROM "{stream.name}" AS t WHERE {conditions}{order} LIMIT :limit'
+        order = "" if stream.id_place is None else " ORDER BY t.id"
+        selected = ", ".join(stream.selected(with_fields))
+        return f'SELECT {selected} FROM "{stream.name}" AS t WHERE {conditions}{order} LIMIT :limit'
 
     @contextlib.contextmanager
     def reader(
@@ -2037,6 +2093,7 @@ LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the squa
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 NDJSON_TYPES = (NDJSON, "application/jsonl", "application/ndjson")
+CSV = "text/csv"
 FORM = "application/x-www-form-urlencoded"  # for extras/senders.py
 ACCEPTED_TYPES = [JSON, "application/*+json", *NDJSON_TYPES]
 HEADERS = ("HTTP_", "CONTENT_TYPE", "CONTENT_LENGTH")  # what they begin with in WSGI
@@ -2049,6 +2106,7 @@ MOST_HEADERS = 1024 * 1024  # bytes in all rows of a batch
 MOST_MEMBERS = 100  # of a gzip body
 DEFAULT_PAGE = 100  # messages
 LARGEST_PAGE = 1000
+LONGEST_WAIT_S = 60
 
 # A string in a JSON text, or a bracket outside of strings. A string without an end goes to the end of the text.
 STRING = r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)'
@@ -2254,24 +2312,44 @@ def kept_headers(environ: dict[str, Any], rows: int) -> str:
     return text
 
 
-def page_from(params: Mapping[str, str | list[str]], stream: Stream) -> tuple[int, int, dict[str, str]]:
-    """Return (after, limit, filters) from a query; Problem 400 if a parameter is unknown, doubled or out of range."""
-    ranges = {"after": (0, MAX_ID), "limit": (1, LARGEST_PAGE)} if stream.has_ids else {"limit": (1, LARGEST_PAGE)}
-    known = [*ranges, *stream.fields]
-    numbers, filters = {"after": 0, "limit": DEFAULT_PAGE}, {}
+class Query(NamedTuple):
+    """What a GET asks for. numbers: the parameters that are numbers, as far as they are given; since: a time, or ""."""
+
+    numbers: dict[str, int]
+    since: str
+    filters: dict[str, str]
+
+
+def query_from(params: Mapping[str, str | list[str]], stream: Stream, only: Sequence[str] = ()) -> Query:
+    """Return the parameters of a query; Problem 400 if one is unknown, doubled or out of range. only: what is known."""
+    ranges = {"after": (0, MAX_ID) if stream.has_ids else (-MAX_ID, MAX_ID), "limit": (1, LARGEST_PAGE)}
+    ranges |= {"wait": (0, LONGEST_WAIT_S), "fields": (0, 1)}
+    parameters = FEED_PARAMETERS if stream.has_ids else ["limit"] if stream.id_place is None else ["after", "limit"]
+    known = only or [*parameters, *stream.fields]
+    numbers, since, filters = {}, "", {}
     for name, value in params.items():
         if name not in known:
             raise Problem(400, f"There is no parameter {shown(name)}: there are {', '.join(known)}.", parameters=known)
         if isinstance(value, list):
             raise Problem(400, f"The parameter {name} is given more than once.")
-        if name in ranges:
+        if name not in parameters:
+            filters[name] = value
+        elif name == "since":
+            since = time_in(value)
+        else:
             low, high = ranges[name]
-            if not re.fullmatch(r"[0-9]{1,19}", value) or not low <= int(value) <= high:
+            if not re.fullmatch(r"-?[0-9]{1,19}", value) or not low <= int(value) <= high:
                 raise Problem(400, f"{name} takes a whole number from {low} to {high}.")
             numbers[name] = int(value)
-        else:
-            filters[name] = value
-    return numbers["after"], numbers["limit"], filters
+    return Query(numbers, since, filters)
+
+
+def time_in(text: str) -> str:
+    """Return a date or a time (RFC 3339) as received_at has it; Problem 400."""
+    try:
+        return in_utc(datetime.fromisoformat(text))
+    except (ValueError, OverflowError):
+        raise Problem(400, "since takes a time such as 2026-11-27T00:00:00Z, or a date.") from None
 
 
 def preferred(req: falcon.Request, *types: str) -> str:
@@ -2291,25 +2369,47 @@ def preferred(req: falcon.Request, *types: str) -> str:
 PAGE_BYTES = 4 * 1024 * 1024  # a page of the feed ends after about this much
 
 
-def envelope(row: tuple) -> bytes:
+def envelope(stream: Stream, row: tuple, with_fields: bool = False) -> bytes:
     """Return a message as the feed gives it. The body is put in as it was sent: it is JSON already."""
-    message_id, received_at, client, key, body, *headers = row
+    message_id, received_at, client, key, body = row[:5]
     head = (
         f'{{"id": {message_id}, "received_at": {json_string(received_at)}, "client": {json_string(client)},'
         f' "key": {"null" if key is None else json_string(key)}, "body": '
     )
-    tail = f', "headers": {headers[0] or "null"}' if headers else ""
+    tail = f', "headers": {row[5] or "null"}' if stream.has_headers else ""
+    if with_fields:
+        tail += f', "fields": {object_of(stream.fields, row[5 + stream.has_headers :])}'
     return b"%b%b%b}" % (head.encode(), body if isinstance(body, bytes) else body.encode(), tail.encode())
 
 
-def report_row(names: Iterable[str], row: tuple) -> bytes:
-    """Return a row of a report as a JSON object; a BLOB in hexadecimal, an infinity as a number that is too large."""
+def object_of(names: Iterable[str], row: tuple) -> str:
+    """Return columns as a JSON object; a BLOB in hexadecimal, an infinity as a number that is too large."""
     members = []
     for name, value in zip(names, row, strict=True):
         is_infinite = isinstance(value, float) and math.isinf(value)
         text = f"{value:.0f}".replace("inf", "9e999") if is_infinite else json.dumps(value, default=bytes.hex)
         members.append(f"{json_string(name)}: {text}")
-    return f"{{{', '.join(members)}}}".encode()
+    return f"{{{', '.join(members)}}}"
+
+
+def names_in_csv(stream: Stream) -> list[str]:
+    headers = ["headers"] if stream.has_headers else []
+    return in_csv(stream, (*MESSAGE_COLUMNS, *headers, *stream.fields) if stream.has_ids else tuple(stream.fields))
+
+
+def in_csv(stream: Stream, row: tuple) -> list[Any]:
+    """Return the columns of a row in their order in CSV: those of a feed with its fields before body and headers."""
+    if not stream.has_ids:
+        return list(row)
+    fields = 5 + stream.has_headers
+    body = row[4].decode() if isinstance(row[4], bytes) else row[4]
+    return [*row[:4], *row[fields:], body, *row[5:fields]]
+
+
+def csv_line(values: Iterable[Any]) -> bytes:
+    """Return a line as RFC 4180 has it: NULL is empty, a BLOB is in hexadecimal. Texts stay what they are."""
+    texts = [value.hex() if isinstance(value, bytes) else value for value in values]
+    return csv.writer(SimpleNamespace(write=str)).writerow(texts).encode()  # type: ignore[attr-defined]
 
 
 def as_lines(texts: list[bytes]) -> bytes:
@@ -2338,70 +2438,104 @@ def answer_to(entry: Entry, stored: Stored, url: str) -> Answer:
 
 
 class ViewResource:
-    """/{view} and /{view}/{id}"""
+    """/{view}, /{view}/{id} and /{view}/{id}/body. waits: extras/waiting.py, if it is there."""
 
-    def __init__(self, store: Store, stream: Stream, max_body: int):
-        self._store, self._max_body = store, max_body
+    def __init__(self, store: Store, stream: Stream, max_body: int, waits: Any = None):
+        self._store, self._max_body, self._waits = store, max_body, waits
         self.stream = stream
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         stream = self.stream
         req.context.client.require("read", stream)
-        after, limit, filters = page_from(req.params, stream)
+        query = query_from(req.params, stream)
         resp.set_header("Vary", "Accept")
-        is_ndjson = preferred(req, JSON, *NDJSON_TYPES) in NDJSON_TYPES
-        texts, has_more, after = self._page(after, limit, filters, req.env.get("inlet.is_abandoned", lambda: False))
-        member, tail = b"rows", b', "more": true' if has_more else b""
-        if stream.has_ids:
-            query = {"after": after} | ({} if limit == DEFAULT_PAGE else {"limit": limit}) | filters
-            next_page = f"{link(req, stream.name)}?{urlencode(query)}"
+        kind = preferred(req, JSON, *NDJSON_TYPES, CSV)
+        wait_s = query.numbers.get("wait")
+        wait = self._waits.begin(req.env, stream, wait_s) if wait_s and self._waits else None  # before it reads
+        texts, has_more, after = self._page(query, kind, req.env.get("inlet.is_abandoned", lambda: False))
+        if wait and not texts:
+            req.context.is_put_off = True
+            wait.hold()
+            return
+        member, tail = b"messages" if stream.has_ids else b"rows", b', "more": true' if has_more else b""
+        if stream.id_place is not None and (after is not None or not texts):
+            given: dict[str, Any] = {} if after is None else {"after": after}
+            given |= {name: number for name, number in query.numbers.items() if name != "after"}
+            given |= {"since": query.since} if query.since and not texts else {}
+            next_page = f"{link(req, stream.name)}?{urlencode(given | query.filters)}"
             resp.set_header("Link", f'<{next_page}>; rel="next"')
-            member, tail = b"messages", f', "next": {json_string(next_page)}'.encode()
-        if is_ndjson:
+            tail = (b"" if stream.has_ids else tail) + f', "next": {json_string(next_page)}'.encode()
+        if kind == CSV:
+            resp.content_type = f"{CSV}; charset=utf-8"
+            resp.data = b"".join([csv_line(names_in_csv(stream)), *texts])
+        elif kind != JSON:
             resp.content_type, resp.data = NDJSON, as_lines(texts)
         else:
             resp.data = b'{"%b": [%b]%b}' % (member, b", ".join(texts), tail)
 
-    def _page(
-        self, after: int, limit: int, filters: dict[str, str], is_abandoned: Callable[[], bool]
-    ) -> tuple[list[bytes], bool, int]:
-        """Return the JSON of rows, whether there are more, and the id that the next page comes after."""
-        stream, size = self.stream, 0
+    def _page(self, query: Query, kind: str, is_abandoned: Callable[[], bool]) -> tuple[list[bytes], bool, int | None]:
+        """Return the texts of rows, whether there are more, and the id that the next page comes after, if any."""
+        stream, (numbers, since, filters), size, of_last = self.stream, query, 0, 0
         texts: list[bytes] = []
+        with_fields, limit = kind == CSV or bool(numbers.get("fields")), numbers.get("limit", DEFAULT_PAGE)
+        after = numbers.get("after", 0 if stream.has_ids else None)
+        if since and after is not None:
+            after = self._store.id_before(stream, since, after, is_abandoned)
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
             # One row more than are shown says that there are more.
-            for row in self._store.page(stream, after, limit + 1, filters, is_abandoned):
+            for row in self._store.page(stream, after, limit + 1, filters, is_abandoned, with_fields=with_fields):
+                row_id = None if stream.id_place is None else row[stream.id_place]
                 if len(texts) == limit or size >= PAGE_BYTES:
-                    if stream.has_ids and row[0] == after:
-                        return self._with_whole_id(texts, after, filters), True, after
+                    if isinstance(row_id, int) and row_id == after:
+                        rows = self._store.page(stream, after - 1, -1, filters, is_abandoned, after, with_fields)
+                        texts[len(texts) - of_last :] = self._whole(rows, after, kind, with_fields)
                     return texts, True, after
-                texts.append(envelope(row) if stream.has_ids else report_row(stream.fields, row))
+                texts.append(self._text(row, kind, with_fields))
                 size += len(texts[-1])
-                after = row[0]
+                of_last = of_last + 1 if row_id == after else 1
+                after = row_id if isinstance(row_id, int) else None
         return texts, False, after
 
-    def _with_whole_id(self, texts: list[bytes], last: int, filters: dict[str, str]) -> list[bytes]:
-        """Return the rows of a page with all that have its last id: a view over a join may have an id several times."""
-        whole, size = [text for text in texts if not text.startswith(b'{"id": %d,' % last)], 0
-        for number, row in enumerate(self._store.page(self.stream, last - 1, -1, filters, until=last)):
-            whole.append(envelope(row))
-            size += len(whole[-1])
+    def _whole(self, rows: Iterator[tuple], row_id: int, kind: str, with_fields: bool) -> Iterator[bytes]:
+        """Yield the texts of all rows that have one id: a view over a join may have it several times."""
+        size = 0
+        for number, row in enumerate(rows):
+            text = self._text(row, kind, with_fields)
+            size += len(text)
             if number >= LARGEST_PAGE or size > 4 * PAGE_BYTES:
-                raise Problem(503, f"The view has the id {last} too often for a page: it should have it once.")
-        return whole
+                raise Problem(503, f"The view has the id {row_id} too often for a page: it should have it once.")
+            yield text
+
+    def _text(self, row: tuple, kind: str, with_fields: bool) -> bytes:
+        """Return a row as an envelope, as an object or as a line of CSV."""
+        if kind == CSV:
+            return csv_line(in_csv(self.stream, row))
+        if self.stream.has_ids:
+            return envelope(self.stream, row, with_fields)
+        return object_of(self.stream.fields, row).encode()
 
     def on_get_message(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
-        req.context.client.require("read", self.stream)
-        is_ndjson = preferred(req, JSON, *NDJSON_TYPES) in NDJSON_TYPES
-        row = self._store.message(self.stream, message_id)
-        if row is None or not req.path.endswith(f"/{message_id}"):  # Falcon takes 0_1 for a number
-            raise Problem(404, "There is no message with this id.", stream=self.stream.name)
-        resp.data = envelope(row)
-        if is_ndjson:
+        with_fields = bool(query_from(req.params, self.stream, ["fields"]).numbers.get("fields"))
+        resp.data = envelope(self.stream, self._row(req, message_id, with_fields), with_fields)
+        if preferred(req, JSON, *NDJSON_TYPES) in NDJSON_TYPES:
             resp.content_type, resp.data = NDJSON, as_lines([resp.data])
+
+    def on_get_body(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
+        preferred(req, JSON)
+        body = self._row(req, message_id)[4]
+        resp.data = body if isinstance(body, bytes) else body.encode()
+
+    def _row(self, req: falcon.Request, message_id: int, with_fields: bool = False) -> tuple:
+        """Return the row of a message; Problem 403 or 404."""
+        req.context.client.require("read", self.stream)
+        row = self._store.message(self.stream, message_id, with_fields)
+        if row is None or str(message_id) not in req.path.split("/"):  # Falcon takes 0_1 for a number
+            raise Problem(404, "There is no message with this id.", stream=self.stream.name)
+        return row
 
     on_head = on_get
     on_head_message = on_get_message
+    on_head_body = on_get_body
 
 
 class StreamResource(ViewResource):
@@ -2642,7 +2776,7 @@ def run_loop(
         if name in ("healthz", "metrics"):
             return 0
         stream = store.schema.streams.get(name)
-        return 1 if stream and stream.takes and re.fullmatch(r"((after|limit)=\w*&?)*", query) else 2
+        return 1 if stream and stream.takes and re.fullmatch(r"((after|limit|wait|fields)=\w*&?)*", query) else 2
 
     lanes = 1, max(1, settings.threads // 2), max(1, settings.threads - settings.threads // 2)
     room, limit = max(BODIES_BYTES, 4 * settings.max_body), connection_limit(settings.threads)

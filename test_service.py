@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import contextlib
+import csv
 import fcntl
 import gzip
 import http.client
@@ -471,7 +472,7 @@ EXTRAS = sorted(
 
 def test_an_extra_that_is_deleted_is_not_missed(tmp_path):
     """Each in turn, and all of them; two at a time."""
-    assert len(EXTRAS) == 10
+    assert len(EXTRAS) == 11
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         without = [pool.submit(short_contract, name, tmp_path / name.replace("*", "all")) for name in [*EXTRAS, "*"]]
     for done in without:
@@ -1869,7 +1870,7 @@ def test_a_page_ends_at_about_4_mib_but_never_empty(client, store):
 @pytest.mark.parametrize(("query", "words"), [
     ("limit=0", ["limit", "1 to 1000"]), ("limit=1001", ["limit", "1 to 1000"]), ("limit=ten", ["limit"]), ("after=-1", ["after"]),
     ("after=9223372036854775808", ["after"]), ("after=١", ["after"]), ("after=", ["after"]), ("body=x", ["'body'"]),
-    ("after=1&after=2", ["after", "more than once"]), ("colour=red", ["'colour'", "after, limit, sensor, value"]),
+    ("after=1&after=2", ["after", "more than once"]), ("colour=red", ["'colour'", "after, limit, wait, fields, since, sensor, value"]),
 ])  # fmt: skip
 def test_the_feed_refuses_what_it_does_not_know(query, words, any_client):
     answer = any_client.get(f"/readings?{query}")
@@ -1880,7 +1881,7 @@ def test_the_feed_refuses_what_it_does_not_know(query, words, any_client):
 @pytest.mark.parametrize("path", ["/readings", "/readings/1", "/", "/warm"])
 def test_an_accept_header_that_names_nothing_here_is_406(path, client):
     client.post("readings", READING)
-    answer = client.get(path, Accept="text/html, text/csv")
+    answer = client.get(path, Accept="text/html, image/png")
     assert (answer.status_code, answer.json["accepted"][0]) == (406, "application/json")
     for accept in ("*/*", "", "application/*", "text/html, */*;q=0.1", "Application/JSON"):
         assert client.get(path, Accept=accept).status_code == 200
@@ -2004,6 +2005,165 @@ def test_a_stream_with_headers_keeps_those_of_the_request(open_store):
     assert client.get("/messages/2").json["headers"]["ce-type"] == "t"
     client.post("plain", "1")
     assert "headers" not in client.get("/plain/1").json
+
+
+FIELDS = """, headers TEXT, a TEXT AS (body ->> 'a'), "b c" REAL AS (body ->> 'b'), raw BLOB AS (CAST(body ->> 'a' AS BLOB)),
+    n ANY AS (json_array_length(body -> 'list'))"""
+
+
+def test_fields_are_shown_if_they_are_asked_for(open_store):
+    view = "CREATE VIEW seen AS SELECT *, 9e999 AS much FROM x WHERE id < 3;"
+    client = client_of(open_store(stream_sql("x", FIELDS) + stream_sql("plain") + view))
+    for body in ('{"a": "é\\"", "b": 1, "list": [1,  2]}', '{"a": "\\ud800"}', "3"):
+        assert client.post("x", body).status_code == 201
+    first = {"a": 'é"', "b c": 1.0, "raw": "c3a922", "n": 2}
+    page = client.get("/x?fields=1&limit=2")
+    assert page.json["messages"][0]["fields"] == first
+    assert list(page.json["messages"][0])[-2:] == ["headers", "fields"]
+    assert (
+        page.json["messages"][1]["fields"]["a"] == "\N{REPLACEMENT CHARACTER}" * 3
+    )  # what SQLite makes of half a character
+    assert '"body": {"a": "é\\"", "b": 1, "list": [1,  2]}' in page.text
+    assert page.json["next"] == "/x?after=2&fields=1&limit=2"
+    assert client.get(page.json["next"]).json["messages"][0]["fields"] == dict.fromkeys(["a", "b c", "raw", "n"])
+    assert client.get("/x/1?fields=1").json["fields"] == first
+    assert "fields" not in client.get("/x/1").json
+    assert "fields" not in client.get("/x?fields=0").json["messages"][0]
+    assert json.loads(client.get("/x?fields=1&limit=1", Accept="application/x-ndjson").text)["fields"] == first
+    client.post("plain", "1")
+    assert client.get("/plain?fields=1").json["messages"][0]["fields"] == {}
+    assert client.get("/seen?fields=1").json["messages"][0]["fields"] == first | {"much": math.inf}
+    for path in ("/x/1?limit=1", "/x/1?fields=2", "/x/1?a=1"):
+        assert client.get(path).status_code == 400
+
+
+def test_the_body_alone_is_what_was_sent(open_store):
+    client = client_of(open_store(stream_sql("x") + "CREATE VIEW odd AS SELECT id, 1 AS received_at, 2 AS client, 3 AS key,"
+                                  " 'no json' AS body FROM x;"))  # fmt: skip
+    body = '{"b":1.10,\n "b" : [1,2 ]}\n'
+    client.post("x", body)
+    answer = client.get("/x/1/body")
+    assert (answer.content, answer.headers["Content-Type"]) == (body.encode(), "application/json")
+    assert client.get("/odd/1/body").content == b'"no json"'
+    head = client.simulate_head("/x/1/body", headers=AUTHORIZATION)
+    assert (head.status_code, head.content) == (200, b"")
+    for path in ("/x/2/body", "/x/01/body", "/x/1/bodies", "/x/body"):
+        assert client.get(path).status_code == 404, path
+    assert client.get("/x/1/body", Accept="text/csv").status_code == 406
+
+
+def hourly(store, hours):
+    """A store whose clock gives these hours, and messages at them."""
+    times = iter(f"2026-11-27T{hour:02}:00:00.000Z" for hour in hours)
+    store._clock = lambda: next(times)
+    for hour in hours:
+        append(store, "messages", f'{{"hour": {hour}}}')
+
+
+def test_since_begins_where_received_at_reaches_a_time(open_store):
+    view = "CREATE VIEW even AS SELECT * FROM messages WHERE body ->> 'hour' % 2 = 0;"
+    store = open_store(stream_sql("messages", ", hour INTEGER AS (body ->> 'hour')") + view)
+    client = client_of(store)
+    assert client.get("/messages?since=2026-11-27").json == {
+        "messages": [],
+        "next": "/messages?after=0&since=2026-11-27T00%3A00%3A00.000Z",
+    }
+    hourly(store, [1, 2, 2, 2, 5, 9, 10, 11])
+    change(store, "DELETE FROM messages WHERE id IN (1, 5, 8)")
+    for since, found in {
+        "2026-11-27": [2, 3, 4, 6, 7], "2026-11-27T02:00:00Z": [2, 3, 4, 6, 7], "2026-11-27T02:00:00.001Z": [6, 7],
+        "2026-11-27T03:30:00%2B01:00": [6, 7], "2026-11-27T10:00": [7], "2026-11-28": [], "1000-01-01": [2, 3, 4, 6, 7],
+    }.items():  # fmt: skip
+        page = client.get(f"/messages?since={since}")
+        assert ids(page) == found, since
+        assert ("since" in page.json["next"]) == (not found)
+        assert ids(client.get(page.json["next"])) == []
+    assert ids(client.get("/messages?since=2026-11-27T02:00:00Z&after=3&limit=1&hour=9")) == [6]
+    assert ids(client.get("/even?since=2026-11-27T02:30:00Z")) == [7]
+    assert (
+        client.get("/messages?since=2026-11-28").json["next"] == "/messages?after=7&since=2026-11-28T00%3A00%3A00.000Z"
+    )
+    for bad in (
+        "",
+        "yesterday",
+        "2026-11-27T25:00:00Z",
+        "0001-01-01T00:00:00%2B01:00",
+        "2026-11-27T00:00:00Z&since=2026",
+    ):
+        answer = client.get(f"/messages?since={bad}")
+        assert (answer.status_code, "since" in answer.json["detail"]) == (400, True), bad
+
+
+def test_since_reads_few_rows_and_says_when_it_takes_too_long(open_store, monkeypatch):
+    slow = "WHERE (WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n) = 1"
+    store = open_store(stream_sql("messages") + f"CREATE VIEW slow AS SELECT * FROM messages {slow};")
+    hourly(store, list(range(24)) * 20)
+    monkeypatch.setattr(service, "READ_TIMEOUT_S", 0.2)
+    assert client_of(store).get("/slow?since=2026-11-27").status_code == 503
+    ran = watch(monkeypatch)
+    client_of(store).get("/messages?since=2026-11-27T12:00:00Z")
+    assert 5 < sum("received_at FROM" in sql for sql in ran) < 15
+
+
+def test_pages_are_csv_if_asked(open_store):
+    report = "CREATE VIEW sums AS SELECT a, sum(\"b c\") AS sum, x'00ff' AS raw, NULL AS none FROM x GROUP BY a;"
+    client = client_of(open_store(stream_sql("x", FIELDS) + stream_sql("plain") + report, clock=lambda: NOW))
+    for body in ('{"a": "=1+1", "b": 1}', '{"a": "é, \\"q\\"\\n", "list": [1]}'):
+        client.post("x", body, Idempotency_Key=f"k{len(body)}")
+    client.post("plain", '[1,"a"]')
+    answer = client.get("/x", Accept="text/csv")
+    assert (answer.headers["Content-Type"], answer.headers["Link"]) == (
+        "text/csv; charset=utf-8",
+        '</x?after=2>; rel="next"',
+    )
+    assert answer.headers["Vary"] == "Accept"
+    head, *found = csv.reader(io.StringIO(answer.text, newline=""), strict=True)
+    assert head == ["id", "received_at", "client", "key", "a", "b c", "raw", "n", "body", "headers"]
+    assert [row[:8] for row in found] == [
+        ["1", NOW, "tester", "k21", "=1+1", "1.0", "3d312b31", ""],
+        ["2", NOW, "tester", "k39", 'é, "q"\n', "", "c3a92c202271220a", "1"],
+    ]
+    assert json.loads(found[1][8]) == {"a": 'é, "q"\n', "list": [1]}
+    assert json.loads(found[1][9])["idempotency-key"] == "k39"
+    assert client.get("/plain", Accept="text/csv").text == (
+        f'id,received_at,client,key,body\r\n1,{NOW},tester,,"[1,""a""]"\r\n'
+    )
+    assert client.get("/plain?after=1", Accept="text/csv").text == "id,received_at,client,key,body\r\n"
+    sums = client.get("/sums", Accept="text/csv")
+    assert sums.text == 'a,sum,raw,none\r\n=1+1,1.0,00ff,\r\n"é, ""q""\n",,00ff,\r\n'
+    assert "Link" not in sums.headers
+
+
+def test_a_report_with_ids_can_be_read_whole(open_store):
+    views = """CREATE VIEW squares AS SELECT body * body AS square, id * 10 - 30 AS id FROM messages ORDER BY body DESC;
+    CREATE VIEW named AS SELECT 'a' || id AS id FROM messages; CREATE VIEW twice AS SELECT 1 AS id, id AS n FROM messages;"""
+    store = open_store(stream_sql("messages") + views)
+    client = client_of(store)
+    assert client.get("/squares?limit=2").json == {"rows": [], "next": "/squares?limit=2"}
+    for n in range(5):
+        client.post("messages", str(n))
+    seen, path = [], "/squares?limit=2"
+    for number, more in ((2, True), (2, True), (1, False), (0, False)):
+        answer = client.get(path)
+        assert (len(answer.json["rows"]), answer.json.get("more", False)) == (number, more)
+        assert answer.headers["Link"] == f'<{answer.json["next"]}>; rel="next"'
+        seen += answer.json["rows"]
+        path = answer.json["next"]
+    assert seen == [{"square": n * n, "id": 10 * n - 20} for n in range(5)]
+    assert path == "/squares?after=20&limit=2"
+    assert client.get("/squares?after=-10").json["rows"] == seen[2:]
+    assert client.get("/squares?square=4").json["rows"] == [seen[2]]
+    assert client.get("/squares/1").status_code == 404
+    assert client.get("/squares?since=2026-01-01").status_code == client.get("/squares?fields=1").status_code == 400
+    named = client.get("/named?limit=2").json
+    assert named == {"rows": [{"id": "a1"}, {"id": "a2"}], "more": True}  # no numbers: it cannot be read on
+    assert len(client.get("/twice?limit=2").json["rows"]) == 5  # an id is never split between two pages
+
+
+@pytest.mark.parametrize("name", ["after", "limit", "wait", "fields", "since"])
+def test_a_column_that_is_called_like_a_parameter_is_refused(name, one_line_error, tmp_path):
+    (tmp_path / "schema.sql").write_text(stream_sql("x", f", `{name.title()}` TEXT AS (body ->> 'a')"))
+    assert f"table x: GET has a parameter {name}; name the column otherwise" in one_line_error()
 
 
 def test_headers_and_lines_that_make_too_much_together_are_refused(open_store):

@@ -1,6 +1,6 @@
 """A client's connection to the server of loop.py: its socket, what http1.py knows of it, and the app that answers it.
 
-The environment of a request (PEP 3333) has four keys more:
+The environment of a request (PEP 3333) has five keys more:
 
     inlet.arrived_at     when it had come whole, a time.monotonic()
     inlet.is_abandoned   a function: has the client closed its side?
@@ -9,6 +9,9 @@ The environment of a request (PEP 3333) has four keys more:
                          It returns None if there is no room for them. Or else it returns a function to be called, in
                          any thread, when poll() may have the answer: (status, headers, content), or None. What the app
                          returns is not sent then; but its headers, without Content-*, go with the answer.
+    inlet.may_hold       a function: may a GET still be held, until there is something to read? The app holds it by
+                         putting a function(run_again) under inlet.hold, which is called when the app has returned. What
+                         it has returned is not sent. Any thread calls run_again(), once.
 """
 
 import logging
@@ -128,6 +131,7 @@ class Connection(http1.Connection):
         environ["inlet.arrived_at"] = self._arrived_at
         environ["inlet.is_abandoned"] = self.is_abandoned
         environ["inlet.answer_later"] = self._answer_later
+        environ["inlet.may_hold"] = self._may_hold
         if self.request.refusal:
             environ["inlet.refusal"] = self.request.refusal.status, self.request.refusal.detail
         return environ
@@ -137,6 +141,9 @@ class Connection(http1.Connection):
             return None
         self._poll, self.request.body = poll, b""
         return partial(self._server.changed, self)
+
+    def _may_hold(self) -> bool:
+        return not self._server.is_stopping
 
     def run(self, in_loop: bool = False) -> None:
         """Run the app, unless nobody waits for its answer any more. Any thread may call this."""
@@ -157,8 +164,12 @@ class Connection(http1.Connection):
             request.keeps_alive = False
         else:
             try:
-                content = b"".join(self._server.app(self._environ(), start_response))
+                environ = self._environ()
+                content = b"".join(self._server.app(environ, start_response))
                 returned = started[0], started[1], content
+                if hold := environ.pop("inlet.hold", None):
+                    hold(partial(self._server.add, self))
+                    return
             except Exception:
                 log.exception("the app failed")
                 request.keeps_alive, self._poll = False, None

@@ -341,13 +341,13 @@ class Cluster:
         answers = self._send(path, [statement(*query) for query in queries], deadline + 1, timeout_s)
         return [error_in(answer) or rows_in(answer) for answer in answers]
 
-    def page_sql(self, stream: Stream, conditions: str) -> str:
+    def page_sql(self, stream: Stream, conditions: str, with_fields: bool) -> str:
         """Return the SQL of a page. The node ends the page after about PAGE_BYTES.
 
-        The row of a view is one JSON text in hexadecimal: rqlited cannot send an infinite number, or text that is not
-        UTF-8, and writes 1.0 as 1.
+        The row of a view, and one with fields, is one JSON text in hexadecimal: rqlited cannot send an infinite number,
+        or text that is not UTF-8, and writes 1.0 as 1.
         """
-        order = " ORDER BY t.id" if stream.has_ids else ""
+        order = "" if stream.id_place is None else " ORDER BY t.id"
         columns = list(stream.fields)
         if stream.has_ids:
             columns = ["body", "headers"] if stream.has_headers else ["body"]
@@ -355,11 +355,10 @@ class Cluster:
         # Of the rows before the last one: a report says whether there is one more.
         bytes_before = f"sum({size}) OVER ({order} ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING)"
         page = f'SELECT t.*, {bytes_before} AS "bytes before" FROM "{stream.name}" AS t WHERE {conditions}{order}'
-        selected = ", ".join(stream.selected)
-        if not stream.takes:
-            selected = (
-                f"hex(json_array({', '.join(map(json_value, stream.selected))})) AS {service.quoted(ROW_AS_JSON)}"
-            )
+        selected = ", ".join(stream.selected())
+        if with_fields or not stream.takes:
+            texts = [column.replace("CAST(t.body AS BLOB)", "t.body") for column in stream.selected(with_fields)]
+            selected = f"hex(json_array({', '.join(map(json_value, texts))})) AS {service.quoted(ROW_AS_JSON)}"
         return (
             f'SELECT {selected} FROM ({page} LIMIT :limit) AS t WHERE ifnull(t."bytes before", 0) < {PAGE_BYTES}{order}'
         )

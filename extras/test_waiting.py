@@ -1,0 +1,184 @@
+"""wait=SECONDS: a page that is empty comes when there is something to read."""
+
+import contextlib
+import json
+import statistics
+import threading
+import time
+
+import pytest
+
+from test_service import (
+    AUTHORIZATION,
+    DEADLINE_S,
+    add_tester,
+    append,
+    client_of,
+    database_of,
+    eventually,
+    send,
+    stream_sql,
+)
+
+SCHEMA = (
+    stream_sql("messages", ", n INTEGER AS (body ->> 'n')")
+    + stream_sql("copies")
+    + "CREATE TRIGGER copy AFTER INSERT ON messages WHEN NEW.n = 7 BEGIN INSERT INTO copies (received_at, client, body)"
+    " VALUES (NEW.received_at, NEW.client, NEW.body); END;\n"
+    + "CREATE VIEW large AS SELECT * FROM messages WHERE n > 100;\n"
+    + "CREATE VIEW larger AS SELECT * FROM large WHERE n > 200;\n"
+)
+
+
+@pytest.fixture
+def server(open_store, server_with):
+    open_store(SCHEMA)
+    return server_with()
+
+
+class Waiting(threading.Thread):
+    """A GET on its own connection; what came, and after how many seconds."""
+
+    def __init__(self, server, path):
+        super().__init__(daemon=True)
+        self._connection, self._path = server.connect(), path
+        self.began = time.monotonic()
+        self.start()
+
+    def run(self):
+        with contextlib.closing(self._connection) as connection:
+            self.status, _, data = send(connection, "GET", self._path)
+            self.ended = time.monotonic()
+            self.page = json.loads(data)
+
+    @property
+    def took_s(self):
+        self.join(DEADLINE_S)
+        assert not self.is_alive()
+        assert self.status == 200, self.page
+        return self.ended - self.began
+
+    @property
+    def bodies(self):
+        assert self.took_s >= 0
+        return [message["body"] for message in self.page["messages"]]
+
+
+def post(server, body, stream="messages"):
+    with contextlib.closing(server.connect()) as connection:
+        assert send(connection, "POST", f"/{stream}", body)[0] == 201
+
+
+def test_an_empty_page_comes_when_a_message_does_or_at_the_deadline(server):
+    waiting = Waiting(server, "/messages?wait=30")
+    time.sleep(0.3)
+    assert waiting.is_alive()
+    post(server, '{"n": 1}')
+    assert waiting.bodies == [{"n": 1}]
+    assert 0.3 < waiting.took_s < 5
+    assert waiting.page["next"] == "/messages?after=1&wait=30"
+    assert Waiting(server, "/messages?wait=30").took_s < 5  # it is not empty
+    late = Waiting(server, "/messages?after=1&wait=1")
+    assert late.bodies == []
+    assert 0.9 < late.took_s < 5
+    assert late.page["next"] == "/messages?after=1&wait=1"
+
+
+@pytest.mark.parametrize(("path", "other", "news"), [
+    ("/messages?n=2", '{"n": 1}', '{"n": 2}'), ("/large?fields=1", '{"n": 1}', '{"n": 101}'),
+    ("/larger?n=300", '{"n": 250}', '{"n": 300}'), ("/copies", '{"n": 8}', '{"n": 7}'),
+])  # fmt: skip
+def test_what_does_not_fit_ends_no_wait_and_what_does_ends_it(path, other, news, server):
+    waiting = Waiting(server, f"{path}{'&' if '?' in path else '?'}wait=30")
+    for _ in range(3):
+        post(server, other)
+        time.sleep(0.1)
+    assert waiting.is_alive()
+    post(server, news)
+    assert waiting.bodies == [json.loads(news)]
+    assert waiting.took_s < 5
+
+
+def test_rows_count_whoever_wrote_them(server, server_with):
+    waiting = Waiting(server, "/messages?wait=30")
+    time.sleep(0.2)
+    with database_of(server) as db:
+        db.execute("INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '1')")
+    assert waiting.bodies == [1]
+    waiting = Waiting(server, "/messages?after=1&wait=30")
+    post(server_with(), "2")
+    assert waiting.bodies == [2]
+
+
+def test_no_wake_up_is_lost(server):
+    """A sender that sends as soon as the consumer has asked, at all moments of its request."""
+    path, delays = "/messages?wait=20", []
+    with contextlib.closing(server.connect()) as sender:
+        for n in range(150):
+            waiting = Waiting(server, path)
+            time.sleep(n % 15 / 1000)
+            assert send(sender, "POST", "/messages", f'{{"n": {n}}}')[0] == 201
+            sent = time.monotonic()
+            assert waiting.bodies == [{"n": n}]
+            delays.append(waiting.ended - sent)
+            path = waiting.page["next"]
+    assert max(delays) < 5  # and not the 20 s of the wait
+    assert statistics.median(delays) < 0.2
+
+
+def test_who_waits_holds_no_thread_and_a_stop_ends_the_wait_with_an_empty_page(server):
+    waiting = [Waiting(server, "/messages?wait=60") for _ in range(40)]
+    time.sleep(0.5)
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(20):
+            assert send(connection, "GET", "/messages")[0] == 200  # eight threads read
+    assert all(each.is_alive() for each in waiting)
+    began = time.monotonic()
+    assert server.terminate() == 0
+    assert time.monotonic() - began < 5
+    assert all(each.bodies == [] for each in waiting)
+
+
+def test_a_token_that_is_removed_ends_the_wait(server):
+    add_tester(server.database, "other", "other")
+    eventually(lambda: send(server.connect(), "GET", "/", Authorization="Bearer other")[0] == 200)
+    with contextlib.closing(server.connect()) as connection:
+        answer = []
+        get = threading.Thread(
+            target=lambda: answer.append(send(connection, "GET", "/messages?wait=30", Authorization="Bearer other"))
+        )
+        get.start()
+        time.sleep(0.2)
+        with database_of(server) as db:
+            db.execute("DELETE FROM clients WHERE name = 'other'")
+        time.sleep(1.2)
+        post(server, "1")
+        get.join(DEADLINE_S)
+    assert answer[0][0] == 401
+
+
+def test_beyond_a_thousand_and_for_who_has_gone_nothing_is_held(server):
+    request = "GET /messages?wait=60 HTTP/1.1\r\nHost: a\r\n" + "".join(
+        f"{name}: {value}\r\n" for name, value in AUTHORIZATION.items()
+    )
+    crowd = [server.socket(f"{request}\r\n".encode()) for _ in range(1000)]
+
+    def is_answered_at_once():
+        return Waiting(server, "/messages?wait=2").took_s < 1
+
+    eventually(is_answered_at_once)
+    for sock in crowd:
+        sock.close()
+    eventually(lambda: not is_answered_at_once())  # there is room again
+
+
+def test_where_nothing_can_hold_it_a_page_comes_at_once(open_store):
+    store = open_store(SCHEMA)
+    client = client_of(store)
+    began = time.monotonic()
+    assert client.get("/messages?wait=60").json == {"messages": [], "next": "/messages?after=0&wait=60"}
+    assert time.monotonic() - began < 1
+    append(store, "messages", "1")
+    assert len(client.get("/messages?wait=60").json["messages"]) == 1
+    for bad in ("61", "-1", "", "x", "1.5"):
+        assert client.get(f"/messages?wait={bad}").status_code == 400
