@@ -2859,6 +2859,7 @@ COMMANDS = """commands:
   client remove NAME [DIGEST]  remove a client, or one token by the beginning of its digest; it stops within a second
   migrate               rebuild what schema.sql has changed; if old messages break a new rule, say which
   backup PATH           write a consistent copy of the database, while the service runs
+  forward STREAM URL    follow a stream of a service that runs, and POST each message, signed, to a URL
 
 A flag overrides the environment variable named beside it.
 Exit status: 0 done, 1 not done (the line on stderr says why), 2 wrong usage or configuration."""
@@ -2890,6 +2891,7 @@ def parser() -> argparse.ArgumentParser:
     body = "client add: the same body is one message for ever, for a sender that can send no key"
     top.add_argument("--key", choices=["body"], help=body)
     top.add_argument("--replace", action="store_true", help="let backup replace a file")
+    top.add_argument("--cursor", metavar="PATH", help="forward: the file that says how far it is; STREAM.cursor")
     top.add_argument("--version", action="version", version=f"Inlet {__version__}")
     return top
 
@@ -2909,6 +2911,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return needed("migrate", "the command migrate").run(database, read_schema(options.schema))
             case ["backup", path]:
                 backup(database, Path(path), options.replace)
+            case ["forward", stream, url]:
+                return needed("forward", "the command forward").run(stream, url, options)
             case words:
                 raise SetupError(f"there is no command {' '.join(words)!r}, or it takes other words: --help shows them")
         return 0

@@ -472,7 +472,7 @@ EXTRAS = sorted(
 
 def test_an_extra_that_is_deleted_is_not_missed(tmp_path):
     """Each in turn, and all of them; two at a time."""
-    assert len(EXTRAS) == 11
+    assert len(EXTRAS) == 12
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         without = [pool.submit(short_contract, name, tmp_path / name.replace("*", "all")) for name in [*EXTRAS, "*"]]
     for done in without:
@@ -505,7 +505,7 @@ def short_contract(name, folder):
             assert (kind == "text/html; charset=utf-8") == (name not in ("page.py", "page.html", "*"))
         assert "Traceback" not in server.log
     for extra, words in (
-        ("migrate.py", ["migrate"]), ("rqlite.py", ["--database", "http://127.0.0.1:1"]),
+        ("migrate.py", ["migrate"]), ("forward.py", ["forward", "messages", "http://127.0.0.1:1"]), ("rqlite.py", ["--database", "http://127.0.0.1:1"]),
         ("senders.py", ["client", "add", "x", "--signs", "github"]), ("loop.py", ["--server", "loop"]),
     ):  # fmt: skip
         if name in (extra, "*"):
@@ -2121,10 +2121,10 @@ def test_pages_are_csv_if_asked(open_store):
     assert head == ["id", "received_at", "client", "key", "a", "b c", "raw", "n", "body", "headers"]
     assert [row[:8] for row in found] == [
         ["1", NOW, "tester", "k21", "=1+1", "1.0", "3d312b31", ""],
-        ["2", NOW, "tester", "k39", 'é, "q"\n', "", "c3a92c202271220a", "1"],
+        ["2", NOW, "tester", "k32", 'é, "q"\n', "", "c3a92c202271220a", "1"],
     ]
     assert json.loads(found[1][8]) == {"a": 'é, "q"\n', "list": [1]}
-    assert json.loads(found[1][9])["idempotency-key"] == "k39"
+    assert json.loads(found[1][9])["idempotency-key"] == "k32"
     assert client.get("/plain", Accept="text/csv").text == (
         f'id,received_at,client,key,body\r\n1,{NOW},tester,,"[1,""a""]"\r\n'
     )

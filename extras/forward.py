@@ -1,0 +1,250 @@
+"""The command forward: follow a stream of an Inlet, and POST each message to a URL, in order, until it is taken.
+
+A message goes out signed, as Standard Webhooks has it (https://www.standardwebhooks.com), its body byte for byte. It is
+sent again, after growing pauses, until the target answers 2xx. A crash of any side can repeat it; then it has the same
+webhook-id, STREAM-ID. What the target refuses for good (other 4xx than those of TRY_AGAIN) goes into a file, and the
+next message follows. 410 ends the command.
+
+The token that reads comes from INLET_TOKEN, and the secret that signs from INLET_SECRET, or from the files that are
+named by INLET_TOKEN_FILE and INLET_SECRET_FILE. It reads over HTTP, so it may run anywhere.
+"""
+
+import argparse
+import base64
+import fcntl
+import hashlib
+import hmac
+import http.client
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+from service import JSON, JSON_DECODER, SetupError, __version__, sync_directory, unix_path, utc_now
+
+log = logging.getLogger("inlet")
+
+WAIT_S = 30  # that a read waits for a message
+PAUSE_S = 1.0  # before the next read, where the server cannot wait
+TIMEOUT_S = 30.0  # for an answer, beyond WAIT_S
+LONGEST_PAUSE_S = 60.0  # between two tries, unless Retry-After asks for more
+LONGEST_RETRY_AFTER_S = 3600
+LARGEST_ANSWER = 1024 * 1024  # bytes of what the target says
+# The first four are about the URL or the secret: one that is wrong must not put a whole stream aside.
+TRY_AGAIN = (401, 403, 404, 405, 408, 425, 429)
+GONE = 410
+CURSOR = re.compile(r"(\d{19})\n(.*)\n(.*)\n")  # the id, the stream, the target
+WHITE_SPACE = " \t\r\n"  # of JSON
+
+
+class Refused(Exception):
+    """The other side will not take this. The text is its answer."""
+
+    def __init__(self, status: int, answer: bytes):
+        super().__init__(answer.decode(errors="replace"))
+        self.status = status
+
+
+class Message(NamedTuple):
+    id: int
+    body: bytes
+    envelope: str
+
+
+class Peer:
+    """A server that is asked again and again, over one connection, until it answers."""
+
+    def __init__(self, url: SplitResult, timeout_s: float, try_again: tuple[int, ...] = TRY_AGAIN):
+        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        self._connection = kind(url.hostname or "", url.port, timeout=timeout_s)
+        self._name, self._try_again = url.netloc.rpartition("@")[2], try_again
+
+    def ask(self, method: str, target: str, body: bytes | None, headers: Any) -> bytes:
+        """Return the answer, if it is 2xx, however long that takes; Refused if it will never be.
+
+        headers() is called for each try.
+        """
+        pause_s = 0.1
+        while True:
+            asked_for = ""
+            try:
+                self._connection.request(method, target, body, headers())
+                answer = self._connection.getresponse()
+                content = answer.read() if method == "GET" else answer.read(LARGEST_ANSWER)
+                if not answer.isclosed():
+                    self._connection.close()
+                if 200 <= answer.status < 300:
+                    return content
+                if 400 <= answer.status < 500 and answer.status not in self._try_again:
+                    raise Refused(answer.status, content)
+                reason, asked_for = f"it answers {answer.status}", answer.headers.get("Retry-After", "").strip()
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                reason = f"{type(error).__name__}: {error}"
+            wanted_s = min(int(asked_for), LONGEST_RETRY_AFTER_S) if re.fullmatch(r"\d{1,9}", asked_for) else 0
+            log.warning("%s: %s; trying again", self._name, reason)
+            time.sleep(max(pause_s, wanted_s))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+class Cursor:
+    """The file that says which message was taken last, and for whom. Another process cannot use it meanwhile."""
+
+    def __init__(self, path: Path, stream: str, target: str):
+        self.refused_path = path.with_name(f"{path.name}.refused")
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SetupError(f"another process uses {path}") from None
+        except OSError as error:
+            raise SetupError(f"{path} cannot be used: {error}") from None
+        text = os.pread(self._fd, 65_536, 0).decode(errors="replace")
+        found = CURSOR.fullmatch(text)
+        if text and not found:
+            raise SetupError(f"{path} is no cursor")
+        if found and found.groups()[1:] != (stream, target):
+            raise SetupError(f"{path} belongs to {found[2]} and {found[3]}: name another one by --cursor")
+        self.after = int(found[1]) if found else 0
+        if not found:
+            os.pwrite(self._fd, f"{0:019}\n{stream}\n{target}\n".encode(), 0)
+            os.fsync(self._fd)
+            sync_directory(path.absolute().parent)
+
+    def advance(self, message_id: int) -> None:
+        """Note that a message was taken. The digits are in one sector of the disk, which is written whole or not."""
+        os.pwrite(self._fd, b"%019d" % message_id, 0)
+        os.fsync(self._fd)
+        self.after = message_id
+
+    def keep_refused(self, message: Message, refusal: Refused) -> None:
+        """Append a message that was refused for good, with the answer, to a file of one JSON object a line."""
+        head = json.dumps({"refused_at": utc_now(), "status": refusal.status, "answer": str(refusal)[:10_000]})
+        line = f'{head[:-1]}, "message": {message.envelope}}}'.replace("\n", " ").replace("\r", " ")
+        fd = os.open(self.refused_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(fd, "w") as file:
+            file.write(f"{line}\n")
+            file.flush()
+            os.fsync(fd)
+        sync_directory(self.refused_path.absolute().parent)
+
+
+def run(stream: str, to: str, options: argparse.Namespace) -> int:
+    """Forward until the target answers 410, or the process is told to stop; the exit status."""
+    source, target = url_of(stream_url(stream, options)), url_of(to)
+    name = source.path.rpartition("/")[2]
+    token, key = given("INLET_TOKEN"), key_of(given("INLET_SECRET"))
+    plain = source._replace(netloc=source.netloc.rpartition("@")[2], fragment="").geturl()
+    cursor = Cursor(Path(options.cursor or f"{name}.cursor"), plain, to)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    log.info("forwarding %s after id %d to %s", name, cursor.after, target.netloc.rpartition("@")[2])
+    peer = Peer(target, TIMEOUT_S)
+    path = target._replace(scheme="", netloc="", fragment="", path=target.path or "/").geturl()
+    for message in messages(source, token, cursor):
+        webhook_id = f"{name}-{message.id}"
+        try:
+            peer.ask("POST", path, message.body, lambda: signed(webhook_id, message.body, key))  # noqa: B023
+        except Refused as refusal:
+            if refusal.status == GONE:
+                print(f"inlet: {target.hostname} answers 410 Gone: it wants no more messages", file=sys.stderr)
+                return 1
+            log.warning("message %d is refused: %d; it is in %s", message.id, refusal.status, cursor.refused_path)
+            cursor.keep_refused(message, refusal)
+        cursor.advance(message.id)
+    return 0
+
+
+def messages(source: SplitResult, token: str, cursor: Cursor) -> Iterator[Message]:
+    """Yield each message after the cursor, in order, for ever; SetupError if the token may not read them."""
+    peer = Peer(source, WAIT_S + TIMEOUT_S, try_again=(408, 425, 429))
+    headers = {"Authorization": f"Bearer {token}", "Accept": JSON}
+    while True:
+        began = time.monotonic()
+        query = "&".join(filter(None, [f"after={cursor.after}&wait={WAIT_S}", source.query]))
+        try:
+            page = peer.ask("GET", f"{source.path}?{query}", None, lambda: headers).decode()
+        except Refused as refusal:
+            raise SetupError(f"{source.path} cannot be read: {refusal.status} {str(refusal)[:300]}") from None
+        found = list(messages_in(page))
+        yield from found
+        if not found:
+            time.sleep(max(0.0, PAUSE_S - (time.monotonic() - began)))
+
+
+def messages_in(page: str) -> Iterator[Message]:
+    """Yield the messages of a page, with their bodies as they were sent: nothing reads and writes them anew."""
+    start = page.find("[") + 1
+    if not page.startswith('{"messages": ['):
+        raise SetupError("what answers is not the feed of an Inlet")
+    while page[start] == "{":
+        position, found = start, {}
+        while page[position] in "{,":
+            name, end = JSON_DECODER.raw_decode(page, position + (1 if page[position] == "{" else 2))
+            value_at = end + 2  # behind ": "
+            _, end = JSON_DECODER.raw_decode(page, value_at + len(leading(page, value_at)))
+            position = end + len(leading(page, end))
+            found[name] = page[value_at:position]
+        yield Message(int(found["id"]), found["body"].encode(), page[start : position + 1])
+        start = position + (3 if page[position + 1] == "," else 1)
+
+
+def leading(text: str, start: int) -> str:
+    """Return the white space that a text has there."""
+    end = start
+    while text[end] in WHITE_SPACE:
+        end += 1
+    return text[start:end]
+
+
+def signed(webhook_id: str, body: bytes, key: bytes) -> dict[str, str]:
+    """Return the headers of a message: standard-webhooks/spec, `Webhook headers`."""
+    now = str(int(time.time()))
+    digest = hmac.digest(key, f"{webhook_id}.{now}.".encode() + body, hashlib.sha256)
+    signature = f"v1,{base64.b64encode(digest).decode()}"
+    about = {"Content-Type": JSON, "User-Agent": f"Inlet/{__version__}"}
+    return about | {"webhook-id": webhook_id, "webhook-timestamp": now, "webhook-signature": signature}
+
+
+def stream_url(stream: str, options: argparse.Namespace) -> str:
+    """Return the URL of a stream: STREAM itself, or that of a name at --listen."""
+    if "://" in stream or unix_path(options.listen):
+        return stream
+    return f"http://{options.listen}{options.prefix}/{stream}"
+
+
+def url_of(text: str) -> SplitResult:
+    """Return a URL; SetupError if it is none that can be asked."""
+    with suppress(ValueError):
+        url = urlsplit(text)
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not re.search(r"[^!-~]", text):
+            return url
+    raise SetupError("forward takes a STREAM (its name, or its http:// or https:// URL) and a URL to send to")
+
+
+def given(name: str) -> str:
+    """Return a secret from the environment, or from the file that is named there; SetupError if there is none."""
+    path = os.environ.get(f"{name}_FILE", "")
+    try:
+        text = (Path(path).read_text() if path else os.environ.get(name, "")).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{name}_FILE cannot be read: {error}") from None
+    if not re.fullmatch(r"[!-~]+", text):
+        raise SetupError(f"forward needs {name}, or {name}_FILE: a token that may read, and a secret as whsec_…")
+    return text
+
+
+def key_of(secret: str) -> bytes:
+    """Return the key of a secret as Standard Webhooks writes it: whsec_ and base64."""
+    try:
+        return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        raise SetupError("INLET_SECRET is whsec_ and base64") from None

@@ -1,0 +1,231 @@
+"""The command forward."""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import http.server
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from test_service import DEADLINE_S, HERE, TOKEN, database_of, eventually, rows, run, send, stream_sql
+
+KEY = b"k" * 24
+SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
+BODIES = [
+    '{"n":1}',
+    ' {"n" :\n 2.10} \n',
+    '"[{, \\"messages\\": [é"',
+    "[]",
+    '{"a":[{"body": 5}],"a":1}',
+    "1" * 5000,
+    "7",
+]
+
+
+@pytest.fixture
+def source(open_store, server_with):
+    open_store(stream_sql("messages", ", headers TEXT, n TEXT AS (body ->> 'n')"))
+    return server_with()
+
+
+class Target(http.server.BaseHTTPRequestHandler):
+    """Keeps what comes, and answers what `answers` has for it: a status, and headers."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.came.append((self.path, dict(self.headers.items()), body, time.monotonic()))
+        status, headers = self.server.answers.pop(0) if self.server.answers else (204, {})
+        if not status:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        content = b"" if status == 204 else b'{"why":\n"no"}'
+        for header in ({} if status == 204 else {"Content-Length": len(content)} | headers).items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def target():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Target) as server:
+        server.came, server.answers = [], []
+        server.url = f"http://127.0.0.1:{server.server_port}/hook?a=1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def forwarding(folder, stream, to, *flags, **environ):
+    """The command as a process; it is told to stop at the end of the block."""
+    command = [sys.executable, str(HERE / "service.py"), "forward", stream, to, *flags]
+    environ = os.environ | {"INLET_TOKEN": TOKEN, "INLET_SECRET": SECRET} | environ
+    process = subprocess.Popen(command, cwd=folder, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+        process.terminate()
+        process.said = process.communicate(timeout=DEADLINE_S)[1]
+        assert "Traceback" not in process.said
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def post(server, body, stream="messages"):
+    with contextlib.closing(server.connect()) as connection:
+        assert send(connection, "POST", f"/{stream}", body)[0] == 201
+
+
+def test_each_message_comes_signed_in_order_and_as_it_was_sent(source, target, tmp_path):
+    for body in BODIES[:5]:
+        post(source, body.encode())
+    with forwarding(tmp_path, f"{source.url}/messages", target.url) as process:
+        eventually(lambda: len(target.came) == 5)
+        for body in BODIES[5:]:
+            post(source, body.encode())
+        eventually(lambda: len(target.came) == 7)
+        eventually(lambda: (tmp_path / "messages.cursor").read_text().startswith(f"{7:019}\n"))
+    assert process.returncode == 0
+    for number, (path, headers, body, _) in enumerate(target.came, 1):
+        assert (path, body.decode()) == ("/hook?a=1", BODIES[number - 1])
+        assert (headers["webhook-id"], headers["Content-Type"]) == (f"messages-{number}", "application/json")
+        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+        digest = base64.b64encode(hmac.digest(KEY, signed, hashlib.sha256)).decode()
+        assert headers["webhook-signature"] == f"v1,{digest}"
+        assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+    with forwarding(tmp_path, f"{source.url}/messages", target.url):
+        post(source, "8")
+        eventually(lambda: len(target.came) == 8)  # it goes on from its cursor
+    assert target.came[7][2] == b"8"
+    assert (tmp_path / "messages.cursor").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_can_pass_is_sent_again_and_what_cannot_is_put_aside(source, target, tmp_path):
+    target.answers = [(503, {"Retry-After": "1"}), (0, {}), (302, {"Location": "/"}), (429, {})]
+    target.answers += [(401, {}), (200, {}), (422, {}), (413, {})]
+    for n in range(1, 5):
+        post(source, f'{{"n":\n{n}}}')
+    with forwarding(tmp_path, f"{source.url}/messages", target.url) as process:
+        eventually(lambda: len(target.came) == 9)
+        refused = tmp_path / "messages.cursor.refused"
+        eventually(lambda: (tmp_path / "messages.cursor").read_text().startswith(f"{4:019}\n"))
+    assert [headers["webhook-id"][-1] for _, headers, _, _ in target.came] == list("111111234")
+    assert target.came[1][3] - target.came[0][3] > 0.9  # it was asked for
+    pauses = [after[3] - before[3] for before, after in itertools.pairwise(target.came[1:6])]
+    assert all(later > 1.5 * sooner for sooner, later in itertools.pairwise(pauses)), pauses
+    kept = [json.loads(line) for line in refused.read_text().splitlines()]
+    assert [(each["status"], each["message"]["id"], each["message"]["body"]) for each in kept] == [
+        (422, 2, {"n": 2}),
+        (413, 3, {"n": 3}),
+    ]
+    assert kept[0]["answer"] == '{"why":\n"no"}'
+    assert process.said.count("trying again") == 5
+    assert "message 2 is refused: 422" in process.said
+    assert TOKEN not in process.said
+    assert SECRET not in process.said
+
+
+def test_410_ends_it_and_the_message_stays(source, target, tmp_path):
+    post(source, "1")
+    target.answers = [(410, {})]
+    with forwarding(tmp_path, f"{source.url}/messages", target.url) as process:
+        assert process.wait(DEADLINE_S) == 1
+        assert "410" in process.stderr.read()
+    with forwarding(tmp_path, f"{source.url}/messages", target.url):
+        eventually(lambda: len(target.came) == 2)
+    assert [came[2] for came in target.came] == [b"1", b"1"]
+
+
+def test_a_filter_of_the_source_holds_and_a_name_is_at_listen(source, target, tmp_path):
+    for n in "aba":
+        post(source, f'{{"n": "{n}"}}')
+    with forwarding(tmp_path, f"{source.url}/messages?n=a", target.url):
+        eventually(lambda: len(target.came) == 2)
+    with forwarding(tmp_path, "messages", target.url, "--listen", source.address, "--cursor", "other"):
+        eventually(lambda: len(target.came) == 5)
+    assert (tmp_path / "other").is_file()
+
+
+def test_it_goes_on_when_the_source_was_away(source, target, tmp_path):
+    post(source, "1")
+    with forwarding(tmp_path, f"{source.url}/messages", target.url):
+        eventually(lambda: len(target.came) == 1)
+        source.kill()
+        time.sleep(0.5)
+        source.arguments += ["--listen", source.address]
+        source.start()
+        post(source, "2")
+        eventually(lambda: len(target.came) == 2)
+
+
+def test_it_says_in_one_line_why_it_cannot_run(source, target, tmp_path):
+    def said(*words, **environ):
+        with forwarding(tmp_path, *words, **environ) as process:
+            assert process.wait(DEADLINE_S) == 2
+            lines = [line for line in process.stderr.read().splitlines() if not line.startswith("20")]
+            assert len(lines) == 1, lines
+            return lines[0]
+
+    stream = f"{source.url}/messages"
+    assert "INLET_TOKEN" in said(stream, target.url, INLET_TOKEN="")
+    assert "INLET_SECRET" in said(stream, target.url, INLET_SECRET="")
+    assert "INLET_SECRET is whsec_" in said(stream, target.url, INLET_SECRET="whsec_no base64!".replace(" ", ""))
+    assert "INLET_SECRET_FILE" in said(stream, target.url, INLET_SECRET_FILE="nowhere")
+    for bad in ("nowhere", "ftp://a/b", "http:///a", "http://a:99999/"):
+        assert "forward takes" in said(stream, bad)
+    (tmp_path / "bad").write_text("5\n")
+    assert "is no cursor" in said(stream, target.url, "--cursor", "bad")
+    assert "cannot be used" in said(stream, target.url, "--cursor", "no/folder")
+    with forwarding(tmp_path, stream, target.url):
+        eventually(lambda: (tmp_path / "messages.cursor").is_file())
+        time.sleep(0.2)
+        assert "another process uses" in said(stream, target.url)
+    assert "belongs to" in said(stream, f"{target.url}2")
+    assert "401" in said(stream, target.url, "--cursor", "new", INLET_TOKEN="wrong")
+    assert "404" in said(f"{source.url}/nothing", target.url)
+    assert "not the feed" in said(f"{source.url}/healthz", target.url)
+
+
+def test_two_inlets_make_a_relay(source, server_with, tmp_path):
+    """The target verifies the signature, and takes each message once."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    (folder / "schema.sql").write_text(stream_sql("messages"))
+    flags = ("--database", str(folder / "inlet.db"), "--schema", str(folder / "schema.sql"))
+    relay = server_with(*flags)
+    given = run(folder, "client", "add", "relay", "--signs", "standard", "--can", "write")
+    assert re.fullmatch(r"whsec_\S+\n", given.stdout), given
+    for body in BODIES:
+        post(source, body.encode())
+    relay.database = folder / "inlet.db"
+    feed, to = f"{source.url}/messages", f"{relay.url}/messages"
+    with forwarding(tmp_path, feed, to) as process:  # with a wrong secret
+        eventually(lambda: "401" in relay.log)
+        time.sleep(0.5)
+    assert "it answers 401; trying again" in process.said
+    assert (tmp_path / "messages.cursor").read_text() == f"{0:019}\n{feed}\n{to}\n"
+    assert not (tmp_path / "messages.cursor.refused").exists()
+    secret = {"INLET_SECRET": given.stdout.strip()}
+    for cursor in ("one", "two"):  # the second time from the beginning
+        with forwarding(tmp_path, feed, to, "--cursor", cursor, **secret):
+            eventually(lambda path=tmp_path / cursor: path.exists() and path.read_text().startswith(f"{7:019}"))
+    assert [body for (body,) in rows(relay, "SELECT body FROM messages ORDER BY id")] == BODIES
+    assert [key for (key,) in rows(relay, "SELECT key FROM messages ORDER BY id")][:2] == ["messages-1", "messages-2"]
+    with database_of(relay) as db:
+        assert db.execute("SELECT DISTINCT client FROM messages").fetchall() == [("relay",)]
