@@ -112,7 +112,7 @@ class Cursor:
         if text and not found:
             raise SetupError(f"{path} is no cursor")
         if found and found.groups()[1:] != (stream, target):
-            raise SetupError(f"{path} belongs to {found[2]} and {found[3]}: name another one by --cursor")
+            raise SetupError(f"{path} belongs to {found[2]} and {found[3]}: --cursor names another one")
         self.after = int(found[1]) if found else 0
         if not found:
             os.pwrite(self._fd, f"{0:019}\n{stream}\n{target}\n".encode(), 0)
