@@ -37,7 +37,8 @@ LIMITS
 EXTRAS
  This file, schema.sql, falcon and waitress are the whole service. Each file in extras/ adds something, and may be
  deleted: a faster server (loop, connection, http1), senders that sign or send forms, lenient batches and other answers
- (outcomes), reads that wait for the next message (waiting), /metrics, migrate, a cluster (rqlite), the page.
+ (outcomes), reads that wait for the next message (waiting), /metrics, /openapi.json, the commands migrate and forward,
+ a cluster (rqlite), the page.
 
 TO CHANGE                                     SEE
  a route, or what it answers                  the app, resources
@@ -187,6 +188,8 @@ def create_app(store: "Store", clients: "Clients") -> falcon.App:
     app.add_route("/healthz", HealthResource(store, clients))
     if metrics := extra("metrics"):
         app.add_route("/metrics", metrics.MetricsResource(store))
+    if openapi := extra("openapi"):
+        app.add_route("/openapi.json", openapi.OpenApiResource(store))
     waiting = extra("waiting")
     waits = waiting.Waits(store) if waiting else None
     for stream in store.schema.streams.values():

@@ -1,0 +1,199 @@
+"""GET /openapi.json: what a client may use, as OpenAPI 3.1 has it (https://spec.openapis.org/oas/v3.1.0).
+
+All of it is made from schema.sql. The body of a message is described as far as generated columns that are one member
+(body ->> 'name'), their types, NOT NULL and simple CHECKs tell it. It is what a sender should send: a TEXT column alone
+also takes a number. Other rules are not in it, so a message that fits can still be refused with 409 or 422.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import falcon
+
+import service
+from service import CSV, JSON, MAX_ID, NDJSON, Client, Store, Stream, fold
+
+Json = dict[str, Any]
+
+TYPES = {"TEXT": "string", "REAL": "number", "INTEGER": "integer", "INT": "integer"}
+JSON_TYPES = {"text": "string", "integer": "integer", "real": "number", "object": "object", "array": "array"}
+A_MEMBER = r"(\w+) (not null )?(?:generated always )?as \( body - > > '(?:\$\.(?=\w+'))?([^'$]+)' \)( not null)?"
+NUMBER = r"((?:- )?\d+(?: \. \d+)?)"
+TEXTS = r"\( ((?:'(?:[^']|'')*' , )*'(?:[^']|'')*') \)"
+LIMITS = {"> =": "minimum", "< =": "maximum", ">": "exclusiveMinimum", "<": "exclusiveMaximum"}
+PROBLEMS = {400: "Malformed", 401: "No valid token", 403: "The client lacks the grant", 404: "There is nothing here"}
+PROBLEMS |= {406: "Accept names nothing that is here", 503: "It failed: try again, with the same key"}
+OF_POST = {409: "A UNIQUE index refuses it", 411: "No length", 413: "Too large", 415: "Its type is not taken"}
+OF_POST |= {422: "A rule refuses it, or its key was used with another body"}
+TEXT: Json = {"type": "string"}
+OBJECT: Json = {"type": "object"}
+
+
+def integer(low: int, high: int) -> Json:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def shape(**members: Json) -> Json:
+    """Return the schema of an object that has all of these members."""
+    return {"type": "object", "required": [*members], "properties": members}
+
+
+def parameter(name: str, schema: Json, where: str = "query") -> Json:
+    return {"name": name, "in": where, "schema": schema, "required": where == "path"}
+
+
+ID = integer(1, MAX_ID)
+THE_ID = parameter("id", ID, "path")
+FIELDS = parameter("fields", integer(0, 1))
+PAGE = [parameter("limit", integer(1, service.LARGEST_PAGE)), FIELDS]
+PAGE += [parameter("wait", integer(0, service.LONGEST_WAIT_S)), parameter("since", TEXT | {"format": "date-time"})]
+
+
+class OpenApiResource:
+    """/openapi.json"""
+
+    def __init__(self, store: Store):
+        self._streams = store.schema.streams
+        self._bodies = {name: body_of(store, stream) for name, stream in self._streams.items() if stream.takes}
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        client: Client = req.context.client
+        paths: Json = {"/": {"get": operation("list", "What this client may use", {JSON: OBJECT})}}
+        paths["/healthz"] = {"get": operation("health", "Can a message be written?", {JSON: OBJECT}) | {"security": []}}
+        if service.extra("metrics") and "read" in client.grants:
+            paths["/metrics"] = {"get": operation("metrics", "For Prometheus", {"text/plain": TEXT})}
+        for name, stream in self._streams.items():
+            if client.can("read", stream):
+                paths |= reads(stream) if stream.has_ids else report(stream)
+            if stream.takes and client.can("write", stream):
+                paths.setdefault(f"/{name}", {})["post"] = write(stream, self._bodies[name])
+        bodies = {name: body for name, body in self._bodies.items() if f"/{name}" in paths}
+        problem = shape(title=TEXT, status={"type": "integer"}, detail=TEXT)
+        schemes = {scheme: {"type": "http", "scheme": scheme} for scheme in ("bearer", "basic")}
+        resp.media = {
+            "openapi": "3.1.0",
+            "info": {"title": "Inlet", "version": service.__version__},
+            "servers": [{"url": service.link(req, "").removesuffix("/") or "/"}],
+            "security": [{scheme: []} for scheme in schemes],
+            "paths": paths,
+            "components": {"schemas": bodies | {"problem": problem}, "securitySchemes": schemes},
+        }
+
+    on_head = on_get
+
+
+def operation(name: str, about: str, answers: Json, parameters: list[Json] | None = None, status: int = 200) -> Json:
+    """Return an operation that answers with schemas, by their media types, or with a problem."""
+    content = {kind: {"schema": schema} for kind, schema in answers.items()}
+    responses = {str(status): {"description": about, "content": content}} | problems(PROBLEMS)
+    return {"operationId": name, "summary": about, "parameters": parameters or [], "responses": responses}
+
+
+def problems(found: dict[int, str]) -> Json:
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}
+    return {str(status): {"description": about, "content": content} for status, about in found.items()}
+
+
+def body(stream: Stream) -> Json:
+    return {"$ref": f"#/components/schemas/{stream.name}"} if stream.takes else {}
+
+
+def reads(stream: Stream) -> Json:
+    """Return the paths of a feed."""
+    name, key = stream.name, {"type": ["string", "null"]}
+    envelope = shape(id=ID, received_at=TEXT, client=TEXT, key=key, body=body(stream))
+    envelope["properties"] |= {"headers": {}, "fields": {"properties": {field: {} for field in stream.fields}}}
+    page = shape(messages={"type": "array", "items": envelope}, next=TEXT)
+    parameters = [parameter("after", integer(0, MAX_ID)), *PAGE, *(parameter(name, TEXT) for name in stream.fields)]
+    kinds = {JSON: page, NDJSON: TEXT, CSV: TEXT}
+    feed = operation(f"read_{name}", "Messages in commit order", kinds, parameters)
+    one = operation(f"read_one_of_{name}", "One message", {JSON: envelope, NDJSON: TEXT}, [THE_ID, FIELDS])
+    alone = operation(f"read_body_of_{name}", "Its body, as it was sent", {JSON: body(stream)}, [THE_ID])
+    return {f"/{name}": {"get": feed}, f"/{name}/{{id}}": {"get": one}, f"/{name}/{{id}}/body": {"get": alone}}
+
+
+def report(stream: Stream) -> Json:
+    """Return the path of a report."""
+    rows = {"type": "array", "items": {"type": "object", "properties": {name: {} for name in stream.fields}}}
+    parameters = [PAGE[0], *(parameter(name, TEXT) for name in stream.fields)]
+    parameters += [] if stream.id_place is None else [parameter("after", integer(-MAX_ID, MAX_ID))]
+    kinds = {JSON: shape(rows=rows), NDJSON: TEXT, CSV: TEXT}
+    found = operation(f"read_{stream.name}", "The rows of a report", kinds, parameters)
+    return {f"/{stream.name}": {"get": found}}
+
+
+def write(stream: Stream, schema: Json) -> Json:
+    """Return the POST of a stream. A form is named if its texts can be what the schema wants."""
+    one = shape(id=ID, received_at=TEXT)
+    many = shape(count=ID, first_id=ID, last_id=ID, received_at=TEXT)
+    key = parameter("Idempotency-Key", TEXT | {"pattern": f"^{service.KEY}$"}, "header")
+    found = operation(f"send_{stream.name}", "Take a message, or a batch", {JSON: {"anyOf": [one, many]}}, [key], 201)
+    found["responses"] |= problems(OF_POST)
+    if stream.has_answer:
+        found["responses"]["200"] = {"description": "Stored, and answered by the column `answer`"}
+    kinds = {JSON: body(stream), NDJSON: TEXT}
+    texts = {name: member | TEXT for name, member in schema["properties"].items() if "string" in member["type"]}
+    if service.extra("senders") and texts.keys() >= {*schema["required"]}:
+        kinds[service.FORM] = schema | OBJECT | {"properties": texts}
+    content = {kind: {"schema": schema} for kind, schema in kinds.items()}
+    return found | {"requestBody": {"required": True, "content": content}}
+
+
+def body_of(store: Store, stream: Stream) -> Json:
+    """Return the JSON Schema of a body, as far as the CREATE TABLE tells it."""
+    tokens = store.schema.objects["table", fold(stream.name)].words
+    required, text = [], " ".join(tokens)
+    members: Json = {}
+    checks = list(checks_of(tokens))
+    for column in stream.fields:
+        name = rf"""(?:{re.escape(fold(column))}|["`\[]{re.escape(column)}["`\]])"""
+        found = re.search(rf"[(,] {name} {A_MEMBER}", text)
+        if not found or found[1].upper() not in TYPES:
+            continue
+        kind, member = TYPES[found[1].upper()], found[3]
+        schema: Json = integer(-MAX_ID - 1, MAX_ID) if kind == "integer" else {"type": kind}
+        for check in checks:
+            add_check(schema, check, name, member)
+        if found[2] or found[4]:
+            required.append(member)
+        else:
+            schema["type"] = [schema["type"], "null"]
+            schema |= {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+        members[member] = schema
+    is_object = required or "json_type ( body ) = 'object'" in checks
+    return {"properties": members, "required": required} | (OBJECT if is_object else {})
+
+
+def checks_of(tokens: list[str]) -> Iterator[str]:
+    """Yield what stands in each CHECK, with a space between its tokens."""
+    for start, token in enumerate(tokens):
+        if token == "check":
+            depth, end = 1, start + 2
+            while depth:
+                depth += {"(": 1, ")": -1}.get(tokens[end], 0)
+                end += 1
+            yield " ".join(tokens[start + 2 : end - 1])
+
+
+def add_check(schema: Json, check: str, name: str, member: str) -> None:
+    """Add what a CHECK says about a column to its schema. One with OR or NOT says nothing here."""
+    of_value = re.fullmatch(rf"{name} is null or \( (.*) \)", check)
+    check = of_value[1] if of_value else check
+    if re.search(r"\b(?:or|not|case|iif|exists)\b", re.sub("'[^']*'", "''", check)):
+        return
+    begins = rf"(?:^|and |\( ){name}"
+    for low, high in re.findall(rf"{begins} between {NUMBER} and {NUMBER}", check):
+        schema |= {"minimum": json.loads(low.replace(" ", "")), "maximum": json.loads(high.replace(" ", ""))}
+    for sign, limit in re.findall(rf"{begins} ([<>](?: =)?) {NUMBER}", check):
+        schema[LIMITS[sign]] = json.loads(limit.replace(" ", ""))
+    for texts in re.findall(rf"{begins} in {TEXTS}", check):
+        schema["enum"] = [text.replace("''", "'") for text in re.findall(r"'((?:[^']|'')*)'", texts)]
+    for longest in re.findall(rf"length \( {name} \) (?:< =|between \d+ and) (\d+)", check):
+        schema["maxLength"] = int(longest)
+    kinds = re.findall(rf"json_type \( body , '(?:\$\.)?{re.escape(member)}' \) (?:= ('\w+')|in {TEXTS})", check)
+    for one, several in kinds:
+        types = {JSON_TYPES[kind] for kind in re.findall(r"\w+", one or several) if kind in JSON_TYPES}
+        if len(types) == 1:
+            schema["type"] = types.pop()
