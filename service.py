@@ -2458,7 +2458,7 @@ class ViewResource:
         texts, has_more, after = self._page(query, kind, req.env.get("inlet.is_abandoned", lambda: False))
         if wait and not texts:
             req.context.is_put_off = True
-            wait.hold()
+            wait.hold(req.env)
             return
         member, tail = b"messages" if stream.has_ids else b"rows", b', "more": true' if has_more else b""
         if stream.id_place is not None and (after is not None or not texts):

@@ -1,7 +1,7 @@
 """The benchmark: Inlet beside what people would use instead, on this machine, in one run.
 
     python3 bench/run.py                   all of it (30 minutes with --seconds 2 --rounds 3)
-    python3 bench/run.py --part rates      one part: rates, footprint or growth
+    python3 bench/run.py --part rates      one part: rates, footprint, growth or waiting
     python3 bench/run.py --peers ': rust|: go' only these, beside Inlet; cms is WordPress
     python3 bench/run.py --quick           one short round of everything, to see that it works
     python3 bench/run.py --against COMMIT  Inlet as it is now beside Inlet as it was then (bench/against.py)
@@ -33,9 +33,10 @@ import footprint  # noqa: E402
 import groups  # noqa: E402
 import growth  # noqa: E402
 import rates  # noqa: E402
+import waiting  # noqa: E402
 from servers import BENCH, ROOT, raise_descriptor_limit, table  # noqa: E402
 
-PARTS = {"rates": rates, "footprint": footprint, "growth": growth}
+PARTS = {"rates": rates, "footprint": footprint, "growth": growth, "waiting": waiting}
 
 
 def markdown(results):
