@@ -795,7 +795,8 @@ def test_the_recipes_in_readme_work(open_store):
     assert "INDEX readings_received_at" in plan[3]
     assert client.get("/by_hour?hour=2026-11-30T10").json == {"rows": [{"hour": "2026-11-30T10", "count": 2}]}
     assert [message["body"]["value"] for message in client.get("/latest").json["messages"]] == [55]
-    assert len(client.get("/alarms?hour=2026-11-30T10").json["messages"]) == 1
+    for when in ("hour=2026-11-30T10", "day=2026-11-30"):
+        assert len(client.get(f"/alarms?{when}").json["messages"]) == 1
     add_tester(store.database.path, "sensor", "s", "write:readings")
     assert client.post("alarms", "1", Authorization="Bearer s").status_code == 403
     for event in ("push", "ping"):
@@ -2726,7 +2727,7 @@ def test_the_consumer_and_the_sender_in_readme_outlast_all_that_can_pass():
         (first, first_path), (second, second_path) = next(feed), next(feed)
         assert (first["id"], second, first_path) == (41, {"id": 42, "body": 2}, "/messages?after=41")
         next(names["messages"](url, TOKEN, second_path))
-        assert [path for path, _, _ in server.asked] == ["/messages"] * 7 + ["/messages?after=42"]
+        assert [path for path, _, _ in server.asked] == ["/messages?wait=30"] * 7 + ["/messages?after=42"]
         assert slept[6:8] == [7, 9]
         server.answers = [(422, {}, b"{}")]  # what would never pass
         with pytest.raises(Exception, match="422"):

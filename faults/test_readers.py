@@ -1,0 +1,206 @@
+"""What README names to read with: each program follows a stream, twice, and has each message once."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from common import Server, database
+
+from test_service import BATCH, HERE, TOKEN, database_of, readme, run, send, stream_sql
+
+RECIPES = HERE / "recipes"
+FIRST, THEN = 2500, 300
+SCHEMA = stream_sql("readings", ", sensor TEXT AS (body ->> 'sensor'), value REAL AS (body ->> 'value')") + (
+    "CREATE VIEW by_sensor AS SELECT sensor, count(*) AS count FROM readings GROUP BY sensor;\n"
+)
+
+
+@pytest.fixture
+def server(tmp_path):
+    database(tmp_path, SCHEMA)
+    server = Server(tmp_path)
+    fill(server, 0, FIRST)
+    yield server
+    assert server.end() == 0
+
+
+def fill(server, first, count):
+    """Posts readings whose value is their number; every 100th has a whole number of 2^53 + 1."""
+    for start in range(first, first + count, 1000):
+        lines = (
+            f'{{"sensor": "s{n % 3}", "value":  {n}.50' + (', "n": 9007199254740993}' if n % 100 == 0 else "}")
+            for n in range(start, min(start + 1000, first + count))
+        )
+        with contextlib.closing(server.connect()) as connection:
+            assert send(connection, "POST", "/readings", "\n".join(lines), **BATCH)[0] == 201
+
+
+def ran(server, folder, *command, **environ):
+    """What a program prints; it has to end."""
+    environ = os.environ | {"BASE": server.url, "TOKEN": TOKEN, "PYTHONPATH": ""} | environ
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def followed(server, folder, command, wanted):
+    """The lines of a program that goes on for ever, until so many have come."""
+    environ = os.environ | {"BASE": server.url, "TOKEN": TOKEN}
+    with subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        lines = [process.stdout.readline() for _ in range(wanted)]
+        more = threading.Thread(target=lambda: lines.append(process.stdout.readline()), daemon=True)
+        more.start()
+        fill(server, 10_000, 1)  # and one that comes while it waits
+        more.join(20)
+        process.kill()
+        assert not more.is_alive()
+    return [json.loads(line) for line in lines]
+
+
+def test_curl_and_jq(server, tmp_path):
+    for count in (FIRST, FIRST + THEN, FIRST + THEN):
+        ran(server, tmp_path, "sh", RECIPES / "follow.sh", "readings")
+        lines = (tmp_path / "readings.ndjson").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == list(range(1, count + 1))
+        assert '"value":  100.50, "n": 9007199254740993}' in lines[100]
+        if count == FIRST:
+            fill(server, FIRST, THEN)
+
+
+@pytest.mark.parametrize("language", ["node", "go"])
+def test_a_program_follows(language, server, tmp_path):
+    command = ["node", RECIPES / "follow.mjs"]
+    if language == "go":
+        command = [tmp_path / "follow"]
+        subprocess.run(["go", "build", "-o", command[0], RECIPES / "follow.go"], check=True, timeout=120)
+    seen = followed(server, tmp_path, [*command, "readings", "0"], FIRST)
+    assert [message["id"] for message in seen] == list(range(1, FIRST + 2))
+    again = followed(server, tmp_path, [*command, "readings", str(FIRST - 5)], 6)
+    assert [message["id"] for message in again] == list(range(FIRST - 4, FIRST + 3))
+    if language == "go":
+        assert seen[0]["body"]["n"] == 9007199254740993
+
+
+def test_pandas(server, tmp_path):
+    rows = list(csv.DictReader(io.StringIO(ran(server, tmp_path, sys.executable, RECIPES / "frame.py", "readings"))))
+    assert [int(row["id"]) for row in rows] == list(range(1, FIRST + 1))
+    assert [float(row["body.value"]) for row in rows] == [n + 0.5 for n in range(FIRST)]
+
+
+def test_dlt(server, tmp_path):
+    import duckdb
+
+    for count in (FIRST, FIRST + THEN, FIRST + THEN):
+        ran(server, tmp_path, sys.executable, RECIPES / "dlt_pipeline.py", "readings", HOME=str(tmp_path))
+        with contextlib.closing(duckdb.connect(str(tmp_path / "inlet.duckdb"), read_only=True)) as db:
+            found = "SELECT count(*), count(DISTINCT id), sum((body ->> 'value')::DOUBLE) FROM feed.readings"
+            assert db.execute(found).fetchone() == (count, count, sum(n + 0.5 for n in range(count)))
+        if count == FIRST:
+            fill(server, FIRST, THEN)
+
+
+def test_singer(server, tmp_path):
+    environ = {
+        "TAP": f"{os.environ['INLET_SINGER']}/singer-tap",
+        "TARGET": f"{os.environ['INLET_SINGER']}/singer-target",
+    }
+    for count in (FIRST, FIRST + THEN, FIRST + THEN):
+        ran(server, tmp_path, "sh", RECIPES / "singer.sh", **environ)
+        lines = (tmp_path / "data" / "readings.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == list(range(1, count + 1))
+        if count == FIRST:
+            fill(server, FIRST, THEN)
+    assert json.loads(json.loads(lines[100])["body"])["n"] == 9007199254740993
+
+
+def test_duckdb_from_the_file_and_over_http(server, tmp_path):
+    for count in (FIRST, FIRST + THEN, FIRST + THEN):
+        copy = tmp_path / "backup.db"
+        assert run(tmp_path, "backup", str(copy), "--replace").returncode == 0
+        summed = sum(n + 0.5 for n in range(count))
+        out = ran(server, tmp_path, sys.executable, RECIPES / "duckdb_file.py", copy)
+        assert out == f"({count}, {count}, {count}, {summed})\n"
+        assert ran(server, tmp_path, sys.executable, RECIPES / "duckdb_http.py") == f"({count}, {count}, {count})\n"
+        if count == FIRST:
+            fill(server, FIRST, THEN)
+
+
+def test_what_grafana_asks_for(server):
+    """The Infinity data source takes this: type JSON, URL …/by_sensor?limit=1000, rows at `rows`."""
+    _, headers, data = send(server.connect(), "GET", "/by_sensor?limit=1000")
+    assert headers["Content-Type"] == "application/json"
+    assert json.loads(data)["rows"][0] == {"sensor": "s0", "count": 834}
+
+
+def test_the_table_in_readme_names_what_is_there():
+    text = (HERE / "README.md").read_text()
+    for path in RECIPES.iterdir():
+        assert f"recipes/{path.name}" in text, path.name
+
+
+def test_work_is_shared_and_done_once_though_workers_die(tmp_path):
+    """600 jobs, four workers, one of which is killed again and again."""
+    lease = (RECIPES / "work.sql").read_text()
+    assert "'-60 seconds'" in lease
+    database(tmp_path, lease.replace("'-60 seconds'", "'-2 seconds'"))
+    server = Server(tmp_path)
+    with contextlib.closing(server.connect()) as connection:
+        assert send(connection, "POST", "/jobs", "".join(f'{{"n": {n}}}\n' for n in range(600)), **BATCH)[0] == 201
+    environ = os.environ | {"BASE": server.url, "TOKEN": TOKEN}
+
+    def worker():
+        command = [sys.executable, RECIPES / "worker.py"]
+        return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, cwd=tmp_path)
+
+    workers = [worker() for _ in range(4)]
+
+    def done():
+        with database_of(server) as db:
+            return db.execute("SELECT count(*), count(DISTINCT job) FROM done").fetchone()
+
+    try:
+        deadline, kills = time.monotonic() + 60, 0
+        while done() != (600, 600):
+            assert time.monotonic() < deadline, done()
+            time.sleep(0.3)
+            workers[0].kill()
+            workers[0].wait()
+            workers[0] = worker()
+            kills += 1
+    finally:
+        for each in workers:
+            each.kill()
+            each.wait()
+    with database_of(server) as db:
+        claims, most = db.execute("SELECT count(*), max(attempt) FROM claims").fetchone()
+        assert db.execute("SELECT count(DISTINCT client) FROM done").fetchone() == (1,)
+    print(f"{kills} kills, {claims} claims, at most {most} of one job")
+    assert kills > 3
+    assert server.end() == 0
+
+
+def test_a_person_can_be_deleted(tmp_path):
+    """The commands in README, while the service runs: nothing of the person is in a file after them."""
+    database(tmp_path, SCHEMA + stream_sql("refused"))
+    server = Server(tmp_path)
+    for n in range(200):
+        body = f'{{"sensor": "{"Jane-Doe-4711" if n % 7 == 0 else "other"}", "value": {n}, "pad": "{"x" * 500}"}}'
+        assert send(server.connect(), "POST", "/readings", body, Idempotency_Key=f"k{n}")[0] == 201
+    (script,) = [block for block in readme("sh") if "secure_delete" in block]
+    assert "Jane-Doe-4711" in script
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    for path in tmp_path.glob("inlet.db*"):
+        assert b"Jane-Doe-4711" not in path.read_bytes(), path
+    with contextlib.closing(server.connect()) as connection:
+        assert send(connection, "POST", "/readings", '{"sensor": "other", "value": 1}')[0] == 201
+        page = json.loads(send(connection, "GET", "/readings?limit=1000&fields=1")[2])["messages"]
+    assert len(page) == 200 - 29 + 1
+    assert {message["fields"]["sensor"] for message in page} == {"other"}
+    assert server.end() == 0
