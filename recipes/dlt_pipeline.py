@@ -1,8 +1,8 @@
 """What is new in a stream, into DuckDB by dlt: pip install "dlt[duckdb]==1.31.0"; python dlt_pipeline.py readings
 
-Its paginators json_link, header_link and auto would never end, because the feed always has a `next`. A cursor ends at
-the empty page. BASE is the address of the service, and TOKEN may read. dlt rounds decimals, and refuses whole numbers of
-more than 64 bits.
+Its paginators json_link, header_link and auto would never end, for the feed always has a `next`. A cursor ends at
+the empty page. BASE is the address of the service, and TOKEN may read. dlt rounds decimals, and refuses whole numbers
+of more than 64 bits.
 """
 
 import os
