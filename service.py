@@ -96,6 +96,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import quote, urlencode
 
 import falcon
+from falcon.util.mediatypes import best_match
 
 __version__ = "1.1.0"
 
@@ -1237,18 +1238,23 @@ class Store:
     def id_before(self, stream: Stream, since: str, after: int, abandoned: Callable[[], bool]) -> int:
         """Return the id, after or a later one, behind which a feed has only what came at a time or later.
 
-        It is found by bisection, which needs no index, but that times grow with ids. Raises Problem 503 like page().
+        It is found by bisection in the stream (that of a view, too), which needs no index, but that times grow with
+        ids. Raises Problem 503 like page().
         """
-        last, began = self.last_id(stream), time.monotonic()
+        began, tables = time.monotonic(), [each for each in self.schema.streams.values() if each.takes]
+        read = [each for each in tables if each.sources <= stream.sources]
+        table = read[0] if len(read) == 1 else stream
+        columns = "CAST(t.id AS INTEGER), CAST(ifnull(t.received_at, '') AS TEXT)"
+        sql = f'SELECT {columns} FROM "{table.name}" AS t WHERE t.id > ? ORDER BY t.id LIMIT 1'
+        last = self.last_id(table)
         low, high = after, MAX_ID if last is None else max(after, last)
-        row = f'CAST(t.id AS INTEGER), t.received_at FROM "{stream.name}" AS t'
-        sql = f"SELECT {row} WHERE t.id > ? ORDER BY t.id LIMIT 1"
         try:
             with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
                 while low < high:
                     middle = (low + high) // 2
                     found = db.execute(sql, (middle,)).fetchone()
-                    low, high = (found[0], high) if found and found[1] < since else (low, middle)
+                    is_before = found and found[1] < since and found[0] > middle
+                    low, high = (found[0], high) if is_before else (low, middle)
         except sqlite3.Error as error:
             raise self._read_problem(error, stream, (), began) or error from None
         return low
@@ -2357,11 +2363,14 @@ def time_in(text: str) -> str:
 
 def preferred(req: falcon.Request, *types: str) -> str:
     """Return which media type the client prefers, the first if it does not say; Problem 406 if it takes none."""
-    if req.accept.lower() in ("*/*", types[0]):  # Falcon does not take other cases for the same
+    accept = req.accept.lower()
+    if accept in ("*/*", types[0]):
         return types[0]
-    if len(req.accept) > LONGEST_MEDIA_TYPE:
+    if len(accept) > LONGEST_MEDIA_TYPE:
         raise Problem(400, f"Accept takes at most {LONGEST_MEDIA_TYPE} characters.")
-    kind = req.client_prefers(types)
+    kind = ""
+    with contextlib.suppress(ValueError):  # it is malformed
+        kind = best_match(types, accept)
     if not kind:
         raise Problem(406, f"Accept names nothing that is here: {', '.join(types)}.", accepted=types)
     return kind
@@ -2382,7 +2391,14 @@ def envelope(stream: Stream, row: tuple, with_fields: bool = False) -> bytes:
     tail = f', "headers": {row[5] or "null"}' if stream.has_headers else ""
     if with_fields:
         tail += f', "fields": {object_of(stream.fields, row[5 + stream.has_headers :])}'
-    return b"%b%b%b}" % (head.encode(), body if isinstance(body, bytes) else body.encode(), tail.encode())
+    return b"%b%b%b}" % (head.encode(), in_utf_8(body), tail.encode())
+
+
+def in_utf_8(body: bytes | str) -> bytes:
+    """Return a body. Only a trigger can have made one that is not UTF-8, out of a lone surrogate: that is replaced."""
+    if isinstance(body, str):
+        return body.encode()
+    return body if body.isascii() else body.decode(errors="replace").encode()
 
 
 def object_of(names: Iterable[str], row: tuple) -> str:
@@ -2405,7 +2421,7 @@ def in_csv(stream: Stream, row: tuple) -> list[Any]:
     if not stream.has_ids:
         return list(row)
     fields = 5 + stream.has_headers
-    body = row[4].decode() if isinstance(row[4], bytes) else row[4]
+    body = in_utf_8(row[4]).decode() if isinstance(row[4], bytes) else row[4]
     return [*row[:4], *row[fields:], body, *row[5:fields]]
 
 
@@ -2454,8 +2470,11 @@ class ViewResource:
         resp.set_header("Vary", "Accept")
         kind = preferred(req, JSON, *NDJSON_TYPES, CSV)
         wait_s = query.numbers.get("wait")
-        wait = self._waits.begin(req.env, stream, wait_s) if wait_s and self._waits else None  # before it reads
-        texts, has_more, after = self._page(query, kind, req.env.get("inlet.is_abandoned", lambda: False))
+        wait = None  # begins before the page is read: what comes meanwhile ends it
+        if wait_s and self._waits:
+            wait = self._waits.begin(req.env, stream, query.numbers.get("after", 0), wait_s)
+        is_abandoned = req.env.get("inlet.is_abandoned", lambda: False)
+        texts, has_more, after = self._page(query, kind, is_abandoned, wait.seen if wait else 0)
         if wait and not texts:
             req.context.is_put_off = True
             wait.hold(req.env)
@@ -2476,8 +2495,13 @@ class ViewResource:
         else:
             resp.data = b'{"%b": [%b]%b}' % (member, b", ".join(texts), tail)
 
-    def _page(self, query: Query, kind: str, is_abandoned: Callable[[], bool]) -> tuple[list[bytes], bool, int | None]:
-        """Return the texts of rows, whether there are more, and the id that the next page comes after, if any."""
+    def _page(
+        self, query: Query, kind: str, is_abandoned: Callable[[], bool], seen: int
+    ) -> tuple[list[bytes], bool, int | None]:
+        """Return the texts of rows, whether there are more, and the id that the next page comes after, if any.
+
+        seen: it is known that nothing up to this id fits.
+        """
         stream, (numbers, since, filters), size, of_last = self.stream, query, 0, 0
         texts: list[bytes] = []
         with_fields, limit = kind == CSV or bool(numbers.get("fields")), numbers.get("limit", DEFAULT_PAGE)
@@ -2486,7 +2510,8 @@ class ViewResource:
             after = self._store.id_before(stream, since, after, is_abandoned)
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
             # One row more than are shown says that there are more.
-            for row in self._store.page(stream, after, limit + 1, filters, is_abandoned, with_fields=with_fields):
+            begin = max(after, seen) if after is not None else None
+            for row in self._store.page(stream, begin, limit + 1, filters, is_abandoned, with_fields=with_fields):
                 row_id = None if stream.id_place is None else row[stream.id_place]
                 if len(texts) == limit or size >= PAGE_BYTES:
                     if isinstance(row_id, int) and row_id == after:
@@ -2518,19 +2543,19 @@ class ViewResource:
         return object_of(self.stream.fields, row).encode()
 
     def on_get_message(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
+        req.context.client.require("read", self.stream)
         with_fields = bool(query_from(req.params, self.stream, ["fields"]).numbers.get("fields"))
         resp.data = envelope(self.stream, self._row(req, message_id, with_fields), with_fields)
         if preferred(req, JSON, *NDJSON_TYPES) in NDJSON_TYPES:
             resp.content_type, resp.data = NDJSON, as_lines([resp.data])
 
     def on_get_body(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
+        req.context.client.require("read", self.stream)
         preferred(req, JSON)
-        body = self._row(req, message_id)[4]
-        resp.data = body if isinstance(body, bytes) else body.encode()
+        resp.data = in_utf_8(self._row(req, message_id)[4])
 
     def _row(self, req: falcon.Request, message_id: int, with_fields: bool = False) -> tuple:
-        """Return the row of a message; Problem 403 or 404."""
-        req.context.client.require("read", self.stream)
+        """Return the row of a message; Problem 404."""
         row = self._store.message(self.stream, message_id, with_fields)
         if row is None or str(message_id) not in req.path.split("/"):  # Falcon takes 0_1 for a number
             raise Problem(404, "There is no message with this id.", stream=self.stream.name)
@@ -2801,7 +2826,7 @@ class Counted:
         self._may_read = threading.BoundedSemaphore(readers)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        reads = environ["REQUEST_METHOD"] == "GET" and not environ["PATH_INFO"].startswith("/healthz")
+        reads = environ["REQUEST_METHOD"] in ("GET", "HEAD") and not environ["PATH_INFO"].startswith("/healthz")
         self._running.add(threading.get_ident())
         try:
             if reads and not self._may_read.acquire(blocking=False):

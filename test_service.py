@@ -1884,7 +1884,14 @@ def test_an_accept_header_that_names_nothing_here_is_406(path, client):
     client.post("readings", READING)
     answer = client.get(path, Accept="text/html, image/png")
     assert (answer.status_code, answer.json["accepted"][0]) == (406, "application/json")
-    for accept in ("*/*", "", "application/*", "text/html, */*;q=0.1", "Application/JSON"):
+    for accept in (
+        "*/*",
+        "",
+        "application/*",
+        "text/html, */*;q=0.1",
+        "Application/JSON",
+        "image/PNG, APPLICATION/Json",
+    ):
         assert client.get(path, Accept=accept).status_code == 200
 
 
@@ -2036,6 +2043,7 @@ def test_fields_are_shown_if_they_are_asked_for(open_store):
     assert client.get("/seen?fields=1").json["messages"][0]["fields"] == first | {"much": math.inf}
     for path in ("/x/1?limit=1", "/x/1?fields=2", "/x/1?a=1"):
         assert client.get(path).status_code == 400
+    assert client.get("/x", Accept="TEXT/CSV").headers["Content-Type"] == "text/csv; charset=utf-8"
 
 
 def test_the_body_alone_is_what_was_sent(open_store):
@@ -2104,6 +2112,33 @@ def test_since_reads_few_rows_and_says_when_it_takes_too_long(open_store, monkey
     ran = watch(monkeypatch)
     client_of(store).get("/messages?since=2026-11-27T12:00:00Z")
     assert 5 < sum("received_at FROM" in sql for sql in ran) < 15
+
+
+def test_since_works_on_a_view_of_few_rows_and_on_any_received_at(open_store, monkeypatch):
+    views = "".join(f"CREATE VIEW {name} AS SELECT id, {what} AS received_at, client, key, body FROM messages {where};"
+                    for name, what, where in (("rare", "received_at", "WHERE body ->> 'hour' = 23"),
+                                              ("nulls", "NULL", ""), ("numbers", "1764000000", "")))  # fmt: skip
+    store = open_store(stream_sql("messages") + views + "CREATE VIEW texts AS SELECT id || '' AS id, received_at, client,"
+                       " key, body FROM messages;")  # fmt: skip
+    hourly(store, list(range(24)))
+    client = client_of(store)
+    ran = watch(monkeypatch)
+    assert ids(client.get("/rare?since=2026-11-27T12:00:00Z")) == [24]
+    assert not any("ifnull(t.received_at, '') AS TEXT) FROM \"rare\" AS t WHERE t.id > ? " in sql for sql in ran)
+    for view in ("nulls", "numbers", "texts"):
+        assert client.get(f"/{view}?since=2026-11-27T12:00:00Z").status_code == 200, view
+
+
+def test_a_body_that_a_trigger_has_made_is_utf_8_in_every_form(open_store):
+    sql = stream_sql("messages") + stream_sql("texts", ", a TEXT AS (body ->> 'a')") + (
+        "CREATE TRIGGER copy AFTER INSERT ON messages BEGIN INSERT INTO texts (received_at, client, body)"
+        " VALUES (NEW.received_at, NEW.client, json_object('a', NEW.body ->> 'a')); END;")  # fmt: skip
+    client = client_of(open_store(sql))
+    assert client.post("messages", '{"a": "\\ud83d cut"}').status_code == 201
+    for path, accept in (("/texts", "*/*"), ("/texts?fields=1", "application/x-ndjson"), ("/texts", "text/csv"),
+                         ("/texts/1/body", "*/*")):  # fmt: skip
+        answer = client.get(path, Accept=accept)
+        assert (answer.status_code, "\N{REPLACEMENT CHARACTER}" in answer.content.decode()) == (200, True)
 
 
 def test_pages_are_csv_if_asked(open_store):

@@ -1,6 +1,6 @@
 """A client's connection to the server of loop.py: its socket, what http1.py knows of it, and the app that answers it.
 
-The environment of a request (PEP 3333) has five keys more:
+The environment of a request (PEP 3333) has more keys:
 
     inlet.arrived_at     when it had come whole, a time.monotonic()
     inlet.is_abandoned   a function: has the client closed its side?
@@ -10,11 +10,14 @@ The environment of a request (PEP 3333) has five keys more:
                          any thread, when poll() may have the answer: (status, headers, content), or None. What the app
                          returns is not sent then; but its headers, without Content-*, go with the answer.
     inlet.may_hold       a function: may a GET still be held, until there is something to read? The app holds it by
-                         putting a function(run_again) under inlet.hold, which is called when the app has returned. What
-                         it has returned is not sent. Any thread calls run_again(), once.
+                         putting something under inlet.hold; when the app has returned, its method held(run_again) is
+                         called. What the app has returned is not sent. Any thread calls run_again(), once. Then the app
+                         finds under inlet.held what has held the request.
+    inlet.has_closed     a function: has the client closed its side, whatever it has sent before that?
 """
 
 import logging
+import select
 import socket
 import time
 from collections.abc import Callable, Hashable
@@ -54,6 +57,7 @@ class Connection(http1.Connection):
         self.active_at = self._arrived_at = time.monotonic()
         self._poll: Callable[[], Answer | None] | None = None  # for the answer, if it was put off
         self._returned: Answer | None = None  # what the app has returned
+        self._held_by: Any = None  # as inlet.hold has it
         self._account: Hashable = None  # as Server.admit has it
         self._counted = 0  # bytes in Server.held
         self._watched = 0  # events
@@ -110,7 +114,7 @@ class Connection(http1.Connection):
             request = self.refuse(503, "Too many large bodies are on their way.")
             self._count(0)  # there is room for others at once
         if request:
-            self._arrived_at, self._poll, self._returned = time.monotonic(), None, None
+            self._arrived_at, self._poll, self._returned, self._held_by = time.monotonic(), None, None, None
             self._server.add(self)
         elif self.is_done:
             self.close()
@@ -131,7 +135,8 @@ class Connection(http1.Connection):
         environ["inlet.arrived_at"] = self._arrived_at
         environ["inlet.is_abandoned"] = self.is_abandoned
         environ["inlet.answer_later"] = self._answer_later
-        environ["inlet.may_hold"] = self._may_hold
+        environ["inlet.may_hold"], environ["inlet.has_closed"] = self._may_hold, self._has_closed
+        environ["inlet.held"] = self._held_by
         if self.request.refusal:
             environ["inlet.refusal"] = self.request.refusal.status, self.request.refusal.detail
         return environ
@@ -144,6 +149,14 @@ class Connection(http1.Connection):
 
     def _may_hold(self) -> bool:
         return not self._server.is_stopping
+
+    def _has_closed(self) -> bool:
+        """Linux says so also where something is unread; elsewhere that hides it."""
+        if not self._is_open or not hasattr(select, "POLLRDHUP"):
+            return self.is_abandoned()
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def run(self, in_loop: bool = False) -> None:
         """Run the app, unless nobody waits for its answer any more. Any thread may call this."""
@@ -159,7 +172,7 @@ class Connection(http1.Connection):
             kept = [(name.title(), value) for name, value in headers if not name.lower().startswith(left_out)]
             started[:] = status, kept
 
-        is_late = time.monotonic() > self._arrived_at + 1
+        is_late = time.monotonic() > self._arrived_at + 1 and not self._held_by
         if not self._is_open or (is_late and self.is_abandoned()):
             request.keeps_alive = False
         else:
@@ -167,8 +180,9 @@ class Connection(http1.Connection):
                 environ = self._environ()
                 content = b"".join(self._server.app(environ, start_response))
                 returned = started[0], started[1], content
-                if hold := environ.pop("inlet.hold", None):
-                    hold(partial(self._server.add, self))
+                self._held_by = environ.pop("inlet.hold", None)
+                if self._held_by:
+                    self._held_by.held(partial(self._server.add, self))
                     return
             except Exception:
                 log.exception("the app failed")

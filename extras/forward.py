@@ -19,16 +19,17 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import SplitResult, urlsplit
 
-from service import JSON, JSON_DECODER, SetupError, __version__, sync_directory, unix_path, utc_now
+from service import JSON, JSON_DECODER, SetupError, __version__, shown, sync_directory, unix_path, utc_now
 
 log = logging.getLogger("inlet")
 
@@ -37,7 +38,8 @@ PAUSE_S = 1.0  # before the next read, where the server cannot wait
 TIMEOUT_S = 30.0  # for an answer, beyond WAIT_S
 LONGEST_PAUSE_S = 60.0  # between two tries, unless Retry-After asks for more
 LONGEST_RETRY_AFTER_S = 3600
-LARGEST_ANSWER = 1024 * 1024  # bytes of what the target says
+LARGEST_ANSWER = 64 * 1024 * 1024  # bytes: a page has a quarter of that at most
+FAILURES = (OSError, http.client.HTTPException, ValueError)  # ValueError: such as a chunk of a size below 0
 # The first four are about the URL or the secret: one that is wrong must not put a whole stream aside.
 TRY_AGAIN = (401, 403, 404, 405, 408, 425, 429)
 GONE = 410
@@ -59,40 +61,66 @@ class Message(NamedTuple):
     envelope: str
 
 
-class Peer:
-    """A server that is asked again and again, over one connection, until it answers."""
+class Answer(http.client.HTTPResponse):
+    """http.client of Python 3.11 to 3.14 leaves out 100, and takes any other 1xx for the answer (RFC 9110, 15.2)."""
 
-    def __init__(self, url: SplitResult, timeout_s: float, try_again: tuple[int, ...] = TRY_AGAIN):
+    def _read_status(self) -> tuple[str, int, str]:
+        status = super()._read_status()  # type: ignore[misc]
+        while 100 < status[1] < 200:
+            http.client.parse_headers(self.fp)
+            status = super()._read_status()  # type: ignore[misc]
+        return status
+
+
+class Peer:
+    """A server that is asked again and again until it answers, over one connection."""
+
+    def __init__(self, url: SplitResult, timeout_s: float):
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(url.hostname or "", url.port, timeout=timeout_s)
-        self._name, self._try_again = url.netloc.rpartition("@")[2], try_again
+        self._connection.response_class = Answer
+        self._name, self._timeout_s = url.netloc, timeout_s
 
-    def ask(self, method: str, target: str, body: bytes | None, headers: Any) -> bytes:
-        """Return the answer, if it is 2xx, however long that takes; Refused if it will never be.
-
-        headers() is called for each try.
-        """
+    def ask(self, method: str, target: str, body: bytes | None, headers: Callable[[], dict[str, str]]) -> bytes:
+        """Return the answer, if it is 2xx, however long that takes; Refused if it will never be."""
         pause_s = 0.1
         while True:
             asked_for = ""
             try:
-                self._connection.request(method, target, body, headers())
-                answer = self._connection.getresponse()
-                content = answer.read() if method == "GET" else answer.read(LARGEST_ANSWER)
-                if not answer.isclosed():
-                    self._connection.close()
-                if 200 <= answer.status < 300:
+                status, asked_for, content = self._try(method, target, body, headers())
+                if 200 <= status < 300:
                     return content
-                if 400 <= answer.status < 500 and answer.status not in self._try_again:
-                    raise Refused(answer.status, content)
-                reason, asked_for = f"it answers {answer.status}", answer.headers.get("Retry-After", "").strip()
-            except (OSError, http.client.HTTPException) as error:
+                if 400 <= status < 500 and status not in TRY_AGAIN:
+                    raise Refused(status, content)
+                reason = f"it answers {status}"
+            except FAILURES as error:
                 self._connection.close()
-                reason = f"{type(error).__name__}: {error}"
+                reason = shown(f"{type(error).__name__}: {error}", 200)
             wanted_s = min(int(asked_for), LONGEST_RETRY_AFTER_S) if re.fullmatch(r"\d{1,9}", asked_for) else 0
             log.warning("%s: %s; trying again", self._name, reason)
             time.sleep(max(pause_s, wanted_s))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _try(self, method: str, target: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, str, bytes]:
+        """Return the status, Retry-After and the content. It takes at most the time-out, whatever comes meanwhile."""
+        connection, content = self._connection, b""
+        if connection.sock and select.select([connection.sock], [], [], 0)[0]:
+            connection.close()  # the other side has closed it, or has said what is no answer to this
+        signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
+        try:
+            connection.request(method, target, body, headers)
+            answer = connection.getresponse()
+            is_taken = method == "POST" and 200 <= answer.status < 300  # whatever it still says
+            with suppress(*FAILURES) if is_taken else nullcontext():
+                while (piece := answer.read1(65_536)) and len(content) <= LARGEST_ANSWER:
+                    content += piece
+            if answer.length == 0:
+                answer.close()
+            if not answer.isclosed():
+                connection.close()
+            return answer.status, answer.headers.get("Retry-After", "").strip(), content
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class Cursor:
@@ -101,7 +129,9 @@ class Cursor:
     def __init__(self, path: Path, stream: str, target: str):
         self.refused_path = path.with_name(f"{path.name}.refused")
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            if not path.exists():  # it is never there without its text
+                write_synced(path, f"{0:019}\n{stream}\n{target}\n", os.O_EXCL)
+            self._fd = os.open(path, os.O_RDWR)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SetupError(f"another process uses {path}") from None
@@ -109,15 +139,11 @@ class Cursor:
             raise SetupError(f"{path} cannot be used: {error}") from None
         text = os.pread(self._fd, 65_536, 0).decode(errors="replace")
         found = CURSOR.fullmatch(text)
-        if text and not found:
-            raise SetupError(f"{path} is no cursor")
-        if found and found.groups()[1:] != (stream, target):
-            raise SetupError(f"{path} belongs to {found[2]} and {found[3]}: --cursor names another one")
-        self.after = int(found[1]) if found else 0
         if not found:
-            os.pwrite(self._fd, f"{0:019}\n{stream}\n{target}\n".encode(), 0)
-            os.fsync(self._fd)
-            sync_directory(path.absolute().parent)
+            raise SetupError(f"{path} is no cursor")
+        if found.groups()[1:] != (stream, target):
+            raise SetupError(f"{path} belongs to {found[2]} and {found[3]}: --cursor names another one")
+        self.after = int(found[1])
 
     def advance(self, message_id: int) -> None:
         """Note that a message was taken. The digits are in one sector of the disk, which is written whole or not."""
@@ -129,24 +155,37 @@ class Cursor:
         """Append a message that was refused for good, with the answer, to a file of one JSON object a line."""
         head = json.dumps({"refused_at": utc_now(), "status": refusal.status, "answer": str(refusal)[:10_000]})
         line = f'{head[:-1]}, "message": {message.envelope}}}'.replace("\n", " ").replace("\r", " ")
-        fd = os.open(self.refused_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with open(fd, "w") as file:
-            file.write(f"{line}\n")
-            file.flush()
-            os.fsync(fd)
-        sync_directory(self.refused_path.absolute().parent)
+        with suppress(FileNotFoundError), open(self.refused_path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            line = line if file.read() in (b"", b"\n") else f"\n{line}"  # a crash has cut the last one
+        try:
+            write_synced(self.refused_path, f"{line}\n", os.O_APPEND)
+        except OSError as error:
+            raise SetupError(f"{self.refused_path} cannot be written: {error}") from None
+
+
+def write_synced(path: Path, text: str, flags: int) -> None:
+    """Write to a file, which may be new, and sync it."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.absolute().parent)
 
 
 def run(stream: str, to: str, options: argparse.Namespace) -> int:
-    """Forward until the target answers 410, or the process is told to stop; the exit status."""
+    """Forward until the target answers 410, or the process is told to stop; the exit status.
+
+    Raises SetupError if the settings make no sense, or a file cannot be written.
+    """
     source, target = url_of(stream_url(stream, options)), url_of(to)
-    name = source.path.rpartition("/")[2]
+    name = source.path.rstrip("/").rpartition("/")[2]
     token, key = given("INLET_TOKEN"), key_of(given("INLET_SECRET"))
-    plain = source._replace(netloc=source.netloc.rpartition("@")[2], fragment="").geturl()
-    cursor = Cursor(Path(options.cursor or f"{name}.cursor"), plain, to)
+    cursor = Cursor(Path(options.cursor or f"{name}.cursor"), source.geturl(), to)
+    signal.signal(signal.SIGALRM, took_too_long)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    log.info("forwarding %s after id %d to %s", name, cursor.after, target.netloc.rpartition("@")[2])
+    log.info("forwarding %s after id %d to %s", name, cursor.after, target.netloc)
     peer = Peer(target, TIMEOUT_S)
     path = target._replace(scheme="", netloc="", fragment="", path=target.path or "/").geturl()
     for message in messages(source, token, cursor):
@@ -163,18 +202,27 @@ def run(stream: str, to: str, options: argparse.Namespace) -> int:
     return 0
 
 
+def took_too_long(*_: Any) -> NoReturn:
+    raise TimeoutError("no answer in time")
+
+
 def messages(source: SplitResult, token: str, cursor: Cursor) -> Iterator[Message]:
-    """Yield each message after the cursor, in order, for ever; SetupError if the token may not read them."""
-    peer = Peer(source, WAIT_S + TIMEOUT_S, try_again=(408, 425, 429))
+    """Yield each message after the cursor, in order, for ever; SetupError if they can never be read."""
+    peer = Peer(source, WAIT_S + TIMEOUT_S)
     headers = {"Authorization": f"Bearer {token}", "Accept": JSON}
     while True:
         began = time.monotonic()
         query = "&".join(filter(None, [f"after={cursor.after}&wait={WAIT_S}", source.query]))
         try:
             page = peer.ask("GET", f"{source.path}?{query}", None, lambda: headers).decode()
+            found = list(messages_in(page))
+            if any(message.id <= cursor.after for message in found):
+                raise ValueError("an id that was there before")
         except Refused as refusal:
-            raise SetupError(f"{source.path} cannot be read: {refusal.status} {str(refusal)[:300]}") from None
-        found = list(messages_in(page))
+            raise SetupError(f"{source.path} cannot be read: {shown(f'{refusal.status} {refusal}', 300)}") from None
+        except (ValueError, LookupError, RecursionError) as error:
+            log.warning("%s does not answer with its feed (%s); trying again", source.netloc, type(error).__name__)
+            found = []
         yield from found
         if not found:
             time.sleep(max(0.0, PAUSE_S - (time.monotonic() - began)))
@@ -184,7 +232,7 @@ def messages_in(page: str) -> Iterator[Message]:
     """Yield the messages of a page, with their bodies as they were sent: nothing reads and writes them anew."""
     start = page.find("[") + 1
     if not page.startswith('{"messages": ['):
-        raise SetupError("what answers is not the feed of an Inlet")
+        raise ValueError("it is not the feed of an Inlet")
     while page[start] == "{":
         position, found = start, {}
         while page[position] in "{,":
@@ -225,9 +273,11 @@ def url_of(text: str) -> SplitResult:
     """Return a URL; SetupError if it is none that can be asked."""
     with suppress(ValueError):
         url = urlsplit(text)
-        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not re.search(r"[^!-~]", text):
-            return url
-    raise SetupError("forward takes a STREAM (its name, or its http:// or https:// URL) and a URL to send to")
+        has_host = url.hostname and url.hostname.encode("idna") and url.port != 0 and "@" not in url.netloc
+        if url.scheme in ("http", "https") and has_host and not re.search(r"[^!-~]", text):
+            return url._replace(fragment="")
+    hint = "with neither a password nor a space in it"
+    raise SetupError(f"forward takes a STREAM (its name, or its http:// or https:// URL) and a URL to send to, {hint}")
 
 
 def given(name: str) -> str:

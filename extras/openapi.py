@@ -5,7 +5,6 @@ All of it is made from schema.sql. The body of a message is described as far as 
 also takes a number. Other rules are not in it, so a message that fits can still be refused with 409 or 422.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +77,7 @@ class OpenApiResource:
             "servers": [{"url": service.link(req, "").removesuffix("/") or "/"}],
             "security": [{scheme: []} for scheme in schemes],
             "paths": paths,
-            "components": {"schemas": bodies | {"problem": problem}, "securitySchemes": schemes},
+            "components": {"schemas": bodies | {"the.problem": problem}, "securitySchemes": schemes},
         }
 
     on_head = on_get
@@ -92,7 +91,7 @@ def operation(name: str, about: str, answers: Json, parameters: list[Json] | Non
 
 
 def problems(found: dict[int, str]) -> Json:
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/problem"}}}
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/the.problem"}}}
     return {str(status): {"description": about, "content": content} for status, about in found.items()}
 
 
@@ -108,9 +107,9 @@ def reads(stream: Stream) -> Json:
     page = shape(messages={"type": "array", "items": envelope}, next=TEXT)
     parameters = [parameter("after", integer(0, MAX_ID)), *PAGE, *(parameter(name, TEXT) for name in stream.fields)]
     kinds = {JSON: page, NDJSON: TEXT, CSV: TEXT}
-    feed = operation(f"read_{name}", "Messages in commit order", kinds, parameters)
-    one = operation(f"read_one_of_{name}", "One message", {JSON: envelope, NDJSON: TEXT}, [THE_ID, FIELDS])
-    alone = operation(f"read_body_of_{name}", "Its body, as it was sent", {JSON: body(stream)}, [THE_ID])
+    feed = operation(f"read.{name}", "Messages in commit order", kinds, parameters)
+    one = operation(f"read_one.{name}", "One message", {JSON: envelope, NDJSON: TEXT}, [THE_ID, FIELDS])
+    alone = operation(f"read_body.{name}", "Its body, as it was sent", {JSON: body(stream)}, [THE_ID])
     return {f"/{name}": {"get": feed}, f"/{name}/{{id}}": {"get": one}, f"/{name}/{{id}}/body": {"get": alone}}
 
 
@@ -120,7 +119,7 @@ def report(stream: Stream) -> Json:
     parameters = [PAGE[0], *(parameter(name, TEXT) for name in stream.fields)]
     parameters += [] if stream.id_place is None else [parameter("after", integer(-MAX_ID, MAX_ID))]
     kinds = {JSON: shape(rows=rows), NDJSON: TEXT, CSV: TEXT}
-    found = operation(f"read_{stream.name}", "The rows of a report", kinds, parameters)
+    found = operation(f"read.{stream.name}", "The rows of a report", kinds, parameters)
     return {f"/{stream.name}": {"get": found}}
 
 
@@ -129,7 +128,7 @@ def write(stream: Stream, schema: Json) -> Json:
     one = shape(id=ID, received_at=TEXT)
     many = shape(count=ID, first_id=ID, last_id=ID, received_at=TEXT)
     key = parameter("Idempotency-Key", TEXT | {"pattern": f"^{service.KEY}$"}, "header")
-    found = operation(f"send_{stream.name}", "Take a message, or a batch", {JSON: {"anyOf": [one, many]}}, [key], 201)
+    found = operation(f"send.{stream.name}", "Take a message, or a batch", {JSON: {"anyOf": [one, many]}}, [key], 201)
     found["responses"] |= problems(OF_POST)
     if stream.has_answer:
         found["responses"]["200"] = {"description": "Stored, and answered by the column `answer`"}
@@ -146,7 +145,7 @@ def body_of(store: Store, stream: Stream) -> Json:
     tokens = store.schema.objects["table", fold(stream.name)].words
     required, text = [], " ".join(tokens)
     members: Json = {}
-    checks = list(checks_of(tokens))
+    checks = [] if "nocase" in tokens else list(checks_of(tokens))
     for column in stream.fields:
         name = rf"""(?:{re.escape(fold(column))}|["`\[]{re.escape(column)}["`\]])"""
         found = re.search(rf"[(,] {name} {A_MEMBER}", text)
@@ -155,7 +154,8 @@ def body_of(store: Store, stream: Stream) -> Json:
         kind, member = TYPES[found[1].upper()], found[3]
         schema: Json = integer(-MAX_ID - 1, MAX_ID) if kind == "integer" else {"type": kind}
         for check in checks:
-            add_check(schema, check, name, member)
+            if fold(column) in fold(check) or member in check:  # most are of other columns
+                add_check(schema, check, name, member)
         if found[2] or found[4]:
             required.append(member)
         else:
@@ -183,17 +183,23 @@ def add_check(schema: Json, check: str, name: str, member: str) -> None:
     check = of_value[1] if of_value else check
     if re.search(r"\b(?:or|not|case|iif|exists)\b", re.sub("'[^']*'", "''", check)):
         return
-    begins = rf"(?:^|and |\( ){name}"
-    for low, high in re.findall(rf"{begins} between {NUMBER} and {NUMBER}", check):
-        schema |= {"minimum": json.loads(low.replace(" ", "")), "maximum": json.loads(high.replace(" ", ""))}
-    for sign, limit in re.findall(rf"{begins} ([<>](?: =)?) {NUMBER}", check):
-        schema[LIMITS[sign]] = json.loads(limit.replace(" ", ""))
-    for texts in re.findall(rf"{begins} in {TEXTS}", check):
+    begins, ends = rf"(?:^|and ){name}", "(?=$| and )"  # no part of a longer expression
+    for low, high in re.findall(rf"{begins} between {NUMBER} and {NUMBER}{ends}", check):
+        schema |= {"minimum": number(low), "maximum": number(high)}
+    for sign, limit in re.findall(rf"{begins} ([<>](?: =)?) {NUMBER}{ends}", check):
+        schema[LIMITS[sign]] = number(limit)
+    for texts in re.findall(rf"{begins} in {TEXTS}{ends}", check):
         schema["enum"] = [text.replace("''", "'") for text in re.findall(r"'((?:[^']|'')*)'", texts)]
-    for longest in re.findall(rf"length \( {name} \) (?:< =|between \d+ and) (\d+)", check):
+    for longest in re.findall(rf"(?:^|and )length \( {name} \) (?:< =|between \d+ and) (\d+){ends}", check):
         schema["maxLength"] = int(longest)
-    kinds = re.findall(rf"json_type \( body , '(?:\$\.)?{re.escape(member)}' \) (?:= ('\w+')|in {TEXTS})", check)
+    kind = rf"(?:^|and )json_type \( body , '\$\.{re.escape(member)}' \)"
+    kinds = re.findall(rf"{kind} (?:= ('\w+')|in {TEXTS}){ends}", check)
     for one, several in kinds:
         types = {JSON_TYPES[kind] for kind in re.findall(r"\w+", one or several) if kind in JSON_TYPES}
         if len(types) == 1:
             schema["type"] = types.pop()
+
+
+def number(text: str) -> int | float:
+    text = text.replace(" ", "")
+    return float(text) if "." in text else int(text)

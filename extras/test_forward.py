@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -197,9 +198,96 @@ def test_it_says_in_one_line_why_it_cannot_run(source, target, tmp_path):
         time.sleep(0.2)
         assert "another process uses" in said(stream, target.url)
     assert "belongs to" in said(stream, f"{target.url}2")
-    assert "401" in said(stream, target.url, "--cursor", "new", INLET_TOKEN="wrong")
-    assert "404" in said(f"{source.url}/nothing", target.url)
-    assert "not the feed" in said(f"{source.url}/healthz", target.url)
+    for bad in ("http://a:b@c/", "http://a..b/", f"http://{'a' * 70}/", "http://127.0.0.1/a b"):
+        assert "forward takes" in said(stream, bad, "--cursor", "new")
+    (tmp_path / "empty").write_text("")
+    assert "is no cursor" in said(stream, target.url, "--cursor", "empty")  # it would begin again
+    assert "400" in said(f"{stream}?nothing=1", target.url, "--cursor", "new3")
+    for path, token, word in (("messages", "wrong", "401"), ("nothing", TOKEN, "404"), ("healthz", TOKEN, "its feed")):
+        with forwarding(
+            tmp_path, f"{source.url}/{path}", target.url, "--cursor", f"c{word}", INLET_TOKEN=token
+        ) as process:
+            time.sleep(0.6)
+        assert word in process.said  # which can pass: it tries again
+        assert "trying again" in process.said
+
+
+def raw_target(answers):
+    """A target that sends these bytes, one after the other, for each request; and what came, by webhook-id."""
+    came, listener = [], socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            with contextlib.suppress(OSError), listener.accept()[0] as sock, sock.makefile("rb") as file:
+                while line := file.readline():
+                    headers = {}
+                    while (line := file.readline().strip()) != b"":
+                        headers[line.partition(b":")[0].lower()] = line.partition(b":")[2].strip().decode()
+                    file.read(int(headers[b"content-length"]))
+                    came.append(headers[b"webhook-id"])
+                    for pause, data in answers(len(came)):
+                        time.sleep(pause)
+                        sock.sendall(data)
+                    if answers(len(came))[-1][1] not in (OK, NOT_NOW):
+                        break
+
+    threading.Thread(target=serve, daemon=True).start()
+    return came, f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+
+OK, NOT_NOW = b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"
+EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+
+
+@pytest.mark.parametrize("answers", [
+    lambda n: [(0, EARLY + EARLY + (NOT_NOW if n == 3 else OK))],  # what is not yet the answer
+    lambda n: [(0, OK)] + ([(0.1, b"HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n")] if n == 3 else []),  # said to nobody
+    lambda n: [(0, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n")] if n == 2 else [(0, OK)],
+    lambda n: [(0, b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nshort")] if n == 2 else [(0, OK)],
+    lambda n: [(0, b"\x1b[2Jowned\r\n\r\n")] if n == 2 else [(0, OK)],
+], ids=["103", "unsolicited", "chunk", "cut", "garbage"])  # fmt: skip
+def test_a_target_that_speaks_oddly_gets_each_message_and_none_is_put_aside(answers, source, tmp_path):
+    came, url = raw_target(answers)
+    cursor = tmp_path / "c"
+    with forwarding(tmp_path, f"{source.url}/messages/", url, "--cursor", "c") as process:
+        for first in (1, 4):
+            for n in range(first, first + 3):
+                post(source, str(n))
+            eventually(lambda end=first + 2: cursor.exists() and cursor.read_text().startswith(f"{end:019}"))
+            time.sleep(0.3)
+    assert list(dict.fromkeys(came)) == [f"messages-{n}" for n in range(1, 7)]
+    assert not (tmp_path / "c.refused").exists()
+    assert "\x1b" not in process.said
+
+
+def test_an_answer_that_never_ends_holds_nothing_up(source, tmp_path):
+    def drip(n):
+        return [(0, b"HTTP/1.1 200 OK\r\n\r\n")] + [(0.2, b"x")] * 50 if n == 1 else [(0, OK)]
+
+    post(source, "1")
+    post(source, "2")
+    came, url = raw_target(drip)
+    code = "import sys, service; service.extra('forward').TIMEOUT_S = 1.0; sys.exit(service.main())"
+    environ = os.environ | {"INLET_TOKEN": TOKEN, "INLET_SECRET": SECRET, "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", code, "forward", f"{source.url}/messages", url]
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL) as process:
+        eventually(lambda: came[-1:] == ["messages-2"], 15)
+        process.terminate()
+    assert came == ["messages-1", "messages-2"]  # 200 was enough
+
+
+def test_a_line_that_a_crash_has_cut_spoils_no_other(source, target, tmp_path):
+    (tmp_path / "messages.cursor.refused").write_text('{"refused_at": "20')
+    post(source, '{"n": "\N{LATIN SMALL LETTER E WITH ACUTE}"}'.encode())
+    target.answers = [(400, {})]
+    with forwarding(
+        tmp_path, f"{source.url}/messages", target.url, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
+    ):
+        eventually(
+            lambda: (tmp_path / "messages.cursor").exists() and (tmp_path / "messages.cursor").read_text()[18] == "1"
+        )
+    lines = (tmp_path / "messages.cursor.refused").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[1])["message"]["body"] == {"n": "\N{LATIN SMALL LETTER E WITH ACUTE}"}
 
 
 def test_two_inlets_make_a_relay(source, server_with, tmp_path):

@@ -1,5 +1,7 @@
 """/openapi.json: what a client may use. faults/test_openapi.py checks it with schemathesis."""
 
+import time
+
 import pytest
 
 from test_service import AUTHORIZATION, add_tester, client_of, stream_sql
@@ -88,3 +90,35 @@ def test_every_path_that_is_named_answers_as_it_says(client):
 def test_without_fields_or_with_an_answer(open_store):
     store = open_store(stream_sql("x", ", answer TEXT AS (body ->> 'a')"))
     assert "200" in client_of(store).get("/openapi.json").json["paths"]["/x"]["post"]["responses"]
+
+
+@pytest.mark.parametrize("check", [
+    "n <= 1e5", "n <= 10 * 100", "n < 0x100", "n <= 1.5e3", "n <= 100 - m", "(n > 100) = 0", "n > 1 OR m > 1", "abs(n) < 5",
+    "-n < 5", "m + n < 5", "length(t) <= 10 * 10", "t IN ('a') = 0", "t IN ('a', 'b') COLLATE NOCASE", "NOT n > 5",
+])  # fmt: skip
+def test_a_rule_that_is_not_simple_says_nothing(check, open_store):
+    columns = ", n REAL AS (body ->> 'n'), m REAL AS (body ->> 'm'), t TEXT AS (body ->> 't')"
+    client = client_of(open_store(stream_sql("x", f"{columns}, CHECK ({check})")))
+    members = client.get("/openapi.json").json["components"]["schemas"]["x"]["properties"]
+    assert members == {
+        "n": {"type": ["number", "null"]},
+        "m": {"type": ["number", "null"]},
+        "t": {"type": ["string", "null"]},
+    }
+
+
+def test_numbers_as_sql_writes_them_and_names_that_are_used_here(open_store):
+    rule = ", n INTEGER AS (body ->> 'n') CHECK (n BETWEEN 001 AND 999)"
+    store = open_store(stream_sql("problem", rule) + stream_sql("a") + stream_sql("body_of_a"))
+    described = client_of(store).get("/openapi.json").json
+    schema = described["components"]["schemas"]["problem"]["properties"]["n"]
+    assert (schema["minimum"], schema["maximum"]) == (1, 999)
+    names = [each["operationId"] for methods in described["paths"].values() for each in methods.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_many_columns_take_no_time(open_store):
+    columns = "".join(f", c{n} TEXT AS (body ->> 'c{n}') CHECK (length(c{n}) <= 20)" for n in range(400))
+    store, started = open_store(stream_sql("x", columns)), time.process_time()
+    client_of(store)
+    assert time.process_time() - started < 1.5

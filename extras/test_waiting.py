@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import os
+import socket
 import statistics
 import threading
 import time
 
 import pytest
+from falcon.testing import create_environ
 
+import service
 from test_service import (
     AUTHORIZATION,
     DEADLINE_S,
@@ -182,3 +186,94 @@ def test_where_nothing_can_hold_it_a_page_comes_at_once(open_store):
     assert len(client.get("/messages?wait=60").json["messages"]) == 1
     for bad in ("61", "-1", "", "x", "1.5"):
         assert client.get(f"/messages?wait={bad}").status_code == 400
+
+
+def runs_of(store, path, posts):
+    """When a held GET runs again while messages come, and its answer. This is what connection.py does."""
+    app, runs, answers = client_of(store).app, [], []
+    doors = {"inlet.arrived_at": time.monotonic(), "inlet.may_hold": lambda: True, "inlet.held": None}
+    doors |= {"inlet.has_closed": lambda: False, "inlet.is_abandoned": lambda: False}
+
+    def run():
+        where, _, query = path.partition("?")
+        environ = create_environ(path=where, query_string=query, headers=AUTHORIZATION) | doors
+        content = b"".join(app(environ, lambda *_: None))
+        doors["inlet.held"] = environ.get("inlet.hold")
+        if doors["inlet.held"]:
+            doors["inlet.held"].held(lambda: runs.append(time.monotonic()) or run())
+        else:
+            answers.append(json.loads(content))
+
+    run()
+    for body in posts:
+        append(store, "messages", body)
+        time.sleep(0.15)
+    return runs, answers
+
+
+def test_a_filter_reads_only_what_is_new(open_store, monkeypatch):
+    """Or many that wait would read all of a large table at each message."""
+    store = open_store(SCHEMA)
+    for n in range(20):
+        append(store, "messages", f'{{"n": {n}}}')
+    read, page = [], store.page
+    monkeypatch.setattr(
+        store, "page", lambda stream, after, *more, **named: read.append(after) or page(stream, after, *more, **named)
+    )
+    runs, answers = runs_of(store, "/messages?n=999&wait=30", ['{"n": 1}', '{"n": 2}', '{"n": 999}'])
+    eventually(lambda: answers)
+    assert read[0] == 0
+    assert min(read[1:]) >= 20
+    assert [message["id"] for message in answers[0]["messages"]] == [23]
+    assert answers[0]["next"] == "/messages?after=23&wait=30&n=999"
+    assert 1 <= len(runs) <= 3
+
+
+def test_who_waits_for_ids_that_are_far_away_is_not_woken(open_store):
+    store = open_store(SCHEMA)
+    runs, answers = runs_of(store, "/messages?after=1000&wait=30", ["1", "2", "3"])
+    assert (runs, answers) == ([], [])
+
+
+def test_a_client_that_has_gone_is_noticed_whatever_it_has_sent_before(server):
+    with contextlib.closing(server.connect()) as connection:
+        assert send(connection, "GET", "/messages")[0] == 200
+    files = len(os.listdir(f"/proc/{server.process.pid}/fd")) if os.path.exists("/proc/self/fd") else 0
+    request = (
+        "GET /messages?wait=60 HTTP/1.1\r\nHost: a\r\nAuthorization: " + AUTHORIZATION["Authorization"] + "\r\n\r\n"
+    )
+    crowd = [server.socket(request.encode()) for _ in range(50)]
+    time.sleep(0.5)
+    for sock in crowd:
+        sock.sendall(b"\r\n")
+        sock.close()
+    if files:
+        eventually(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) < files + 10)
+
+
+def test_who_closes_only_its_own_side_gets_an_empty_page(server):
+    request = (
+        "GET /messages?wait=60 HTTP/1.1\r\nHost: a\r\nAuthorization: " + AUTHORIZATION["Authorization"] + "\r\n\r\n"
+    )
+    with server.socket(request.encode()) as sock:
+        time.sleep(1.2)
+        sock.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert received.endswith(b'{"messages": [], "next": "/messages?after=0&wait=60"}')
+
+
+def test_one_slow_look_delays_nobody_for_long(open_store, monkeypatch):
+    store = open_store(SCHEMA)
+    waits = service.extra("waiting").Waits(store)
+    reader = store.database.reader
+
+    @contextlib.contextmanager
+    def slow(*arguments):
+        with reader(*arguments) as db:
+            time.sleep(0.3)
+            yield db
+
+    monkeypatch.setattr(store.database, "reader", slow)
+    waits._look()
+    assert waits._pause_s <= 0.2

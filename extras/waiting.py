@@ -18,9 +18,11 @@ from typing import Any
 from service import Store, Stream, fold, nothing, run_safely
 
 MOST_HELD = 1000  # GETs, by this process
-PAUSE_S = 0.015  # between two looks; longer where a look takes long: at most a tenth of the time goes into them
+PAUSE_S = 0.015  # between two looks; ten times as long as a look, if that is more, but at most
+LONGEST_PAUSE_S = 0.2
 SCAN_S = 0.250  # between two looks at all that is held: whose time is over?
 AGAIN_S = 0.050  # a GET that was woken for nothing, because of its filter, is not woken sooner
+TIMES_AS_LONG = 10  # or than after so many times what it took
 GONE_S = 1.0  # between two looks for clients that have gone
 
 LastIds = Mapping[str, int]  # by the folded names of tables
@@ -28,28 +30,39 @@ LastIds = Mapping[str, int]  # by the folded names of tables
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """A GET that can be held. last_ids: what was there before it read."""
+    """A GET that can be held. last_ids: what was there before it read. seen: nothing up to this id fits it.
+
+    after: only a larger id is news, where it reads one table. All times are as time.monotonic() has them.
+    """
 
     waits: "Waits"
     sources: frozenset[str]
+    after: int
     last_ids: LastIds
-    deadline: float  # a time.monotonic(), as all times here
-    not_before: float
-    is_abandoned: Callable[[], bool]
+    seen: int
+    began: float
+    deadline: float
+    has_closed: Callable[[], bool]
+    is_again: bool
+    not_before: float = 0.0
     run_again: Callable[[], None] = nothing
 
     def hold(self, environ: dict[str, Any]) -> None:
         """Hold the request, as soon as the app has returned."""
-        environ["inlet.hold"] = self._held
+        now = time.monotonic()
+        if self.is_again:
+            self.not_before = now + max(AGAIN_S, TIMES_AS_LONG * (now - self.began))
+        environ["inlet.hold"] = self
 
-    def _held(self, run_again: Callable[[], None]) -> None:
+    def held(self, run_again: Callable[[], None]) -> None:
         self.run_again = run_again
         self.waits.add(self)
 
     def has_news(self, last_ids: LastIds) -> bool:
-        return last_ids is not self.last_ids and any(
-            last_ids.get(source) != self.last_ids.get(source) for source in self.sources
-        )
+        if last_ids is self.last_ids:
+            return False
+        changed = [each for each in self.sources if last_ids.get(each) != self.last_ids.get(each)]
+        return bool(changed) and (len(self.sources) > 1 or last_ids.get(changed[0], 0) > self.after)
 
 
 class Waits:
@@ -61,23 +74,28 @@ class Waits:
         self._lock = threading.Lock()  # for what follows
         self._held: dict[frozenset[str], list[Wait]] = {}  # by the tables that they read
         self._count = 0
-        self._is_watched = False
+        self._watcher: threading.Thread | None = None
         self._may_hold: Callable[[], bool] = bool  # of the server
         self._last_ids: LastIds = {}
         self._looked_at = self._scan_at = self._gone_at = 0.0
 
-    def begin(self, environ: dict[str, Any], stream: Stream, seconds: int) -> Wait | None:
+    def begin(self, environ: dict[str, Any], stream: Stream, after: int, seconds: int) -> Wait | None:
         """Return what can hold a GET, or None if it has to be answered. To be called before it reads."""
-        now, arrived_at = time.monotonic(), environ.get("inlet.arrived_at", 0.0)
+        now, deadline = time.monotonic(), environ.get("inlet.arrived_at", 0.0) + seconds
         may_hold = environ.get("inlet.may_hold")
-        if not may_hold or not may_hold() or now >= arrived_at + seconds or self._count >= MOST_HELD:
+        if not may_hold or not may_hold() or now >= deadline or self._count >= MOST_HELD:
+            return None
+        has_closed, before = environ["inlet.has_closed"], environ["inlet.held"]
+        if has_closed():
             return None
         if now > self._looked_at + 2 * self._pause_s:  # nobody looks, or is late
             self._look()
-        # One that arrived a while ago was woken before, and has found nothing.
-        not_before = now + AGAIN_S if now > arrived_at + AGAIN_S else now
-        self._may_hold, is_abandoned = may_hold, environ["inlet.is_abandoned"]
-        return Wait(self, stream.sources, self._last_ids, arrived_at + seconds, not_before, is_abandoned)
+        self._may_hold, last_ids, seen = may_hold, self._last_ids, 0
+        if before and len(stream.sources) == 1:
+            (table,) = stream.sources
+            last_id = before.last_ids.get(table, 0)
+            seen = last_id if last_id <= last_ids.get(table, 0) else 0  # else a backup was restored
+        return Wait(self, stream.sources, after, last_ids, seen, now, deadline, has_closed, bool(before))
 
     def add(self, wait: Wait) -> None:
         with self._lock:
@@ -85,10 +103,9 @@ class Waits:
             self._count += 1
             if wait.has_news(self._last_ids):
                 self._scan_at = 0.0
-            if self._is_watched:
-                return
-            self._is_watched = True
-        threading.Thread(target=self._watch, daemon=True).start()
+            if not self._watcher:
+                self._watcher = threading.Thread(target=self._watch, daemon=True)
+                self._watcher.start()
 
     def _look(self) -> set[str]:
         """Read the last ids (https://www.sqlite.org/autoinc.html), and return the tables where they have changed."""
@@ -96,13 +113,13 @@ class Waits:
         with contextlib.suppress(sqlite3.Error, OSError), self._store.database.reader(1.0) as db:
             found, before = {fold(name): last_id for name, last_id in db.execute(sql).fetchall()}, self._last_ids
             self._last_ids, self._looked_at = before if found == before else found, time.monotonic()
-            self._pause_s = max(PAUSE_S, 10 * (self._looked_at - began))
+            self._pause_s = min(LONGEST_PAUSE_S, max(PAUSE_S, 10 * (self._looked_at - began)))
             return {name for name in found.keys() | before.keys() if found.get(name) != before.get(name)}
         return set()
 
     def _watch(self) -> None:
         """Look, and let run again what is due, until nothing is held."""
-        while self._is_watched:
+        while self._watcher is threading.current_thread():
             time.sleep(self._pause_s)
             run_safely(self._wake_due)
 
@@ -120,13 +137,14 @@ class Waits:
                         for wait in waits
                         if wait.deadline <= until
                         or (wait.not_before <= now and wait.has_news(self._last_ids))
-                        or (looks_for_gone and wait.is_abandoned())
+                        or (looks_for_gone and wait.has_closed())
                     }
                     self._held[sources] = [wait for wait in waits if wait not in woken]
                     due += woken
             self._scan_at = now + SCAN_S if looks_at_all else self._scan_at
             self._gone_at = now + GONE_S if looks_for_gone else self._gone_at
             self._count -= len(due)
-            self._is_watched = self._count > 0
+            if not self._count:
+                self._watcher = None
         for wait in due:
             run_safely(wait.run_again)

@@ -186,6 +186,39 @@ def test_work_is_shared_and_done_once_though_workers_die(tmp_path):
     assert server.end() == 0
 
 
+def test_a_job_that_is_done_cannot_be_claimed_and_attempts_never_collide(tmp_path):
+    database(tmp_path, (RECIPES / "work.sql").read_text())
+    server = Server(tmp_path)
+
+    def post(stream, body):
+        with contextlib.closing(server.connect()) as connection:
+            return send(connection, "POST", f"/{stream}", json.dumps(body))[0]
+
+    assert [post("jobs", 1), post("claims", {"job": 1, "attempt": 1}), post("claims", {"job": 1, "attempt": 2})] == [
+        201
+    ] * 3
+    with database_of(server) as db:  # retention, and the leases are over
+        db.execute("DELETE FROM claims WHERE id = 1")
+        db.execute("UPDATE claims SET received_at = '2026-01-01T00:00:00.000Z'")
+        assert db.execute("SELECT attempt FROM open_jobs").fetchall() == [(3,)]
+    assert [post("done", {"job": 1}), post("claims", {"job": 1, "attempt": 3}), post("done", {"job": 1})] == [
+        201,
+        422,
+        409,
+    ]
+    assert server.end() == 0
+
+
+def test_a_line_that_was_cut_does_not_stop_follow(server, tmp_path):
+    (tmp_path / "readings.ndjson").write_text('{"id": 1, "body": 1}\n{"id": 2, "bo')
+    ran(server, tmp_path, "sh", RECIPES / "follow.sh", "readings")
+    lines = (tmp_path / "readings.ndjson").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == list(range(1, FIRST + 1))
+    environ = os.environ | {"BASE": server.url, "TOKEN": "wrong"}
+    done = subprocess.run(["sh", RECIPES / "follow.sh", "readings"], cwd=tmp_path, env=environ, capture_output=True)
+    assert done.returncode != 0
+
+
 def test_a_person_can_be_deleted(tmp_path):
     """The commands in README, while the service runs: nothing of the person is in a file after them."""
     database(tmp_path, SCHEMA + stream_sql("refused"))

@@ -4,6 +4,7 @@ A job is recorded as done once. If a worker dies between its work and that, anot
 work bear that, or use the id of the job as the key of what it sends.
 """
 
+import http.client
 import json
 import os
 import time
@@ -26,7 +27,7 @@ def ask(path, message=None):
         except urllib.error.HTTPError as error:
             if error.code < 500:
                 return error.code, json.load(error)
-        except OSError:
+        except (OSError, http.client.HTTPException, ValueError):  # no answer, or not the whole of it
             pass
         time.sleep(1)
 
@@ -38,7 +39,9 @@ def work(job):
 while True:
     _, page = ask("/open_jobs?limit=10")
     for job in page["rows"]:
-        if ask("/claims", {"job": job["id"], "attempt": job["attempt"]})[0] == 201:  # 409: another worker has it
+        if (
+            ask("/claims", {"job": job["id"], "attempt": job["attempt"]})[0] == 201
+        ):  # 409: another has it; 422: it is done
             work(job)
             ask("/done", {"job": job["id"]})
     if not page["rows"]:
