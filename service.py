@@ -2510,7 +2510,7 @@ class ViewResource:
             after = self._store.id_before(stream, since, after, is_abandoned)
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
             # One row more than are shown says that there are more.
-            begin = max(after, seen) if after is not None else None
+            begin = seen if seen and after is not None and seen > after else after
             for row in self._store.page(stream, begin, limit + 1, filters, is_abandoned, with_fields=with_fields):
                 row_id = None if stream.id_place is None else row[stream.id_place]
                 if len(texts) == limit or size >= PAGE_BYTES:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import SplitResult, urlsplit
 
-from service import JSON, JSON_DECODER, SetupError, __version__, shown, sync_directory, unix_path, utc_now
+from service import JSON, JSON_DECODER, STOP_SIGNALS, SetupError, __version__, shown, sync_directory, unix_path, utc_now
 
 log = logging.getLogger("inlet")
 
@@ -183,8 +183,9 @@ def run(stream: str, to: str, options: argparse.Namespace) -> int:
     token, key = given("INLET_TOKEN"), key_of(given("INLET_SECRET"))
     cursor = Cursor(Path(options.cursor or f"{name}.cursor"), source.geturl(), to)
     signal.signal(signal.SIGALRM, took_too_long)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     log.info("forwarding %s after id %d to %s", name, cursor.after, target.netloc)
     peer = Peer(target, TIMEOUT_S)
     path = target._replace(scheme="", netloc="", fragment="", path=target.path or "/").geturl()
@@ -219,7 +220,7 @@ def messages(source: SplitResult, token: str, cursor: Cursor) -> Iterator[Messag
             if any(message.id <= cursor.after for message in found):
                 raise ValueError("an id that was there before")
         except Refused as refusal:
-            raise SetupError(f"{source.path} cannot be read: {shown(f'{refusal.status} {refusal}', 300)}") from None
+            raise SetupError(f"{source.path} cannot be read: {refusal.status} {shown(str(refusal), 300)}") from None
         except (ValueError, LookupError, RecursionError) as error:
             log.warning("%s does not answer with its feed (%s); trying again", source.netloc, type(error).__name__)
             found = []

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -118,17 +117,17 @@ def test_each_message_comes_signed_in_order_and_as_it_was_sent(source, target, t
 
 
 def test_what_can_pass_is_sent_again_and_what_cannot_is_put_aside(source, target, tmp_path):
-    target.answers = [(503, {"Retry-After": "1"}), (0, {}), (302, {"Location": "/"}), (429, {})]
-    target.answers += [(401, {}), (200, {}), (422, {}), (413, {})]
+    target.answers = [(503, {"Retry-After": "1"}), (0, {}), (302, {"Location": "/"}), (401, {})]
+    target.answers += [(200, {}), (422, {}), (413, {})]
     for n in range(1, 5):
         post(source, f'{{"n":\n{n}}}')
     with forwarding(tmp_path, f"{source.url}/messages", target.url) as process:
-        eventually(lambda: len(target.came) == 9)
+        eventually(lambda: len(target.came) == 8)
         refused = tmp_path / "messages.cursor.refused"
         eventually(lambda: (tmp_path / "messages.cursor").read_text().startswith(f"{4:019}\n"))
-    assert [headers["webhook-id"][-1] for _, headers, _, _ in target.came] == list("111111234")
+    assert [headers["webhook-id"][-1] for _, headers, _, _ in target.came] == list("11111234")
     assert target.came[1][3] - target.came[0][3] > 0.9  # it was asked for
-    pauses = [after[3] - before[3] for before, after in itertools.pairwise(target.came[1:6])]
+    pauses = [after[3] - before[3] for before, after in itertools.pairwise(target.came[1:5])]
     assert all(later > 1.5 * sooner for sooner, later in itertools.pairwise(pauses)), pauses
     kept = [json.loads(line) for line in refused.read_text().splitlines()]
     assert [(each["status"], each["message"]["id"], each["message"]["body"]) for each in kept] == [
@@ -136,7 +135,7 @@ def test_what_can_pass_is_sent_again_and_what_cannot_is_put_aside(source, target
         (413, 3, {"n": 3}),
     ]
     assert kept[0]["answer"] == '{"why":\n"no"}'
-    assert process.said.count("trying again") == 5
+    assert process.said.count("trying again") == 4
     assert "message 2 is refused: 422" in process.said
     assert TOKEN not in process.said
     assert SECRET not in process.said
@@ -175,119 +174,34 @@ def test_it_goes_on_when_the_source_was_away(source, target, tmp_path):
         eventually(lambda: len(target.came) == 2)
 
 
-def test_it_says_in_one_line_why_it_cannot_run(source, target, tmp_path):
-    def said(*words, **environ):
-        with forwarding(tmp_path, *words, **environ) as process:
-            assert process.wait(DEADLINE_S) == 2
-            lines = [line for line in process.stderr.read().splitlines() if not line.startswith("20")]
-            assert len(lines) == 1, lines
-            return lines[0]
-
+def test_it_says_in_one_line_why_it_cannot_run(source, target, one_line_error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     stream = f"{source.url}/messages"
+
+    def said(*words, **environ):
+        for name, value in ({"INLET_TOKEN": TOKEN, "INLET_SECRET": SECRET, "INLET_SECRET_FILE": ""} | environ).items():
+            monkeypatch.setenv(name, value)
+        return one_line_error("forward", *words)
+
     assert "INLET_TOKEN" in said(stream, target.url, INLET_TOKEN="")
     assert "INLET_SECRET" in said(stream, target.url, INLET_SECRET="")
-    assert "INLET_SECRET is whsec_" in said(stream, target.url, INLET_SECRET="whsec_no base64!".replace(" ", ""))
+    assert "INLET_SECRET is whsec_" in said(stream, target.url, INLET_SECRET="whsec_nobase64!")
     assert "INLET_SECRET_FILE" in said(stream, target.url, INLET_SECRET_FILE="nowhere")
-    for bad in ("nowhere", "ftp://a/b", "http:///a", "http://a:99999/"):
+    bad_urls = ("nowhere", "ftp://a/b", "http:///a", "http://a:99999/", "http://a:b@c/", "http://a..b/", "http://a/a b")
+    for bad in (*bad_urls, f"http://{'a' * 70}/"):
         assert "forward takes" in said(stream, bad)
-    (tmp_path / "bad").write_text("5\n")
-    assert "is no cursor" in said(stream, target.url, "--cursor", "bad")
+    for name, text in (("bad", "5\n"), ("empty", "")):  # an empty one would begin again
+        (tmp_path / name).write_text(text)
+        assert "is no cursor" in said(stream, target.url, "--cursor", name)
     assert "cannot be used" in said(stream, target.url, "--cursor", "no/folder")
     with forwarding(tmp_path, stream, target.url):
         eventually(lambda: (tmp_path / "messages.cursor").is_file())
-        time.sleep(0.2)
+        time.sleep(0.3)
         assert "another process uses" in said(stream, target.url)
     assert "belongs to" in said(stream, f"{target.url}2")
-    for bad in ("http://a:b@c/", "http://a..b/", f"http://{'a' * 70}/", "http://127.0.0.1/a b"):
-        assert "forward takes" in said(stream, bad, "--cursor", "new")
-    (tmp_path / "empty").write_text("")
-    assert "is no cursor" in said(stream, target.url, "--cursor", "empty")  # it would begin again
-    assert "400" in said(f"{stream}?nothing=1", target.url, "--cursor", "new3")
-    for path, token, word in (("messages", "wrong", "401"), ("nothing", TOKEN, "404"), ("healthz", TOKEN, "its feed")):
-        with forwarding(
-            tmp_path, f"{source.url}/{path}", target.url, "--cursor", f"c{word}", INLET_TOKEN=token
-        ) as process:
-            time.sleep(0.6)
-        assert word in process.said  # which can pass: it tries again
-        assert "trying again" in process.said
-
-
-def raw_target(answers):
-    """A target that sends these bytes, one after the other, for each request; and what came, by webhook-id."""
-    came, listener = [], socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        while True:
-            with contextlib.suppress(OSError), listener.accept()[0] as sock, sock.makefile("rb") as file:
-                while line := file.readline():
-                    headers = {}
-                    while (line := file.readline().strip()) != b"":
-                        headers[line.partition(b":")[0].lower()] = line.partition(b":")[2].strip().decode()
-                    file.read(int(headers[b"content-length"]))
-                    came.append(headers[b"webhook-id"])
-                    for pause, data in answers(len(came)):
-                        time.sleep(pause)
-                        sock.sendall(data)
-                    if answers(len(came))[-1][1] not in (OK, NOT_NOW):
-                        break
-
-    threading.Thread(target=serve, daemon=True).start()
-    return came, f"http://127.0.0.1:{listener.getsockname()[1]}/"
-
-
-OK, NOT_NOW = b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"
-EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
-
-
-@pytest.mark.parametrize("answers", [
-    lambda n: [(0, EARLY + EARLY + (NOT_NOW if n == 3 else OK))],  # what is not yet the answer
-    lambda n: [(0, OK)] + ([(0.1, b"HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n")] if n == 3 else []),  # said to nobody
-    lambda n: [(0, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n")] if n == 2 else [(0, OK)],
-    lambda n: [(0, b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nshort")] if n == 2 else [(0, OK)],
-    lambda n: [(0, b"\x1b[2Jowned\r\n\r\n")] if n == 2 else [(0, OK)],
-], ids=["103", "unsolicited", "chunk", "cut", "garbage"])  # fmt: skip
-def test_a_target_that_speaks_oddly_gets_each_message_and_none_is_put_aside(answers, source, tmp_path):
-    came, url = raw_target(answers)
-    cursor = tmp_path / "c"
-    with forwarding(tmp_path, f"{source.url}/messages/", url, "--cursor", "c") as process:
-        for first in (1, 4):
-            for n in range(first, first + 3):
-                post(source, str(n))
-            eventually(lambda end=first + 2: cursor.exists() and cursor.read_text().startswith(f"{end:019}"))
-            time.sleep(0.3)
-    assert list(dict.fromkeys(came)) == [f"messages-{n}" for n in range(1, 7)]
-    assert not (tmp_path / "c.refused").exists()
-    assert "\x1b" not in process.said
-
-
-def test_an_answer_that_never_ends_holds_nothing_up(source, tmp_path):
-    def drip(n):
-        return [(0, b"HTTP/1.1 200 OK\r\n\r\n")] + [(0.2, b"x")] * 50 if n == 1 else [(0, OK)]
-
-    post(source, "1")
-    post(source, "2")
-    came, url = raw_target(drip)
-    code = "import sys, service; service.extra('forward').TIMEOUT_S = 1.0; sys.exit(service.main())"
-    environ = os.environ | {"INLET_TOKEN": TOKEN, "INLET_SECRET": SECRET, "PYTHONPATH": str(HERE)}
-    command = [sys.executable, "-c", code, "forward", f"{source.url}/messages", url]
-    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL) as process:
-        eventually(lambda: came[-1:] == ["messages-2"], 15)
-        process.terminate()
-    assert came == ["messages-1", "messages-2"]  # 200 was enough
-
-
-def test_a_line_that_a_crash_has_cut_spoils_no_other(source, target, tmp_path):
-    (tmp_path / "messages.cursor.refused").write_text('{"refused_at": "20')
-    post(source, '{"n": "\N{LATIN SMALL LETTER E WITH ACUTE}"}'.encode())
-    target.answers = [(400, {})]
-    with forwarding(
-        tmp_path, f"{source.url}/messages", target.url, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
-    ):
-        eventually(
-            lambda: (tmp_path / "messages.cursor").exists() and (tmp_path / "messages.cursor").read_text()[18] == "1"
-        )
-    lines = (tmp_path / "messages.cursor.refused").read_text(encoding="utf-8").splitlines()
-    assert json.loads(lines[1])["message"]["body"] == {"n": "\N{LATIN SMALL LETTER E WITH ACUTE}"}
+    with forwarding(tmp_path, f"{stream}?nothing=1", target.url, "--cursor", "new") as process:
+        assert process.wait(DEADLINE_S) == 2
+        assert "cannot be read: 400" in process.stderr.read()
 
 
 def test_two_inlets_make_a_relay(source, server_with, tmp_path):
