@@ -140,6 +140,8 @@ ELSEWHERE = {
         test_migrate_gives_a_stream_headers_and_old_messages_have_none
         test_it_ends_with_0_and_answers_what_is_in_flight
         test_a_backup_that_cannot_be_is_one_line[inlet.db-itself]
+        test_since_reads_few_rows_and_says_when_it_takes_too_long
+        test_two_inlets_make_a_relay
     """,
     "its servers have extras that the cluster needs deleted": """
         test_an_extra_that_is_deleted_is_not_missed
