@@ -35,7 +35,7 @@ def measure(options):
         schema.write_text(TABLE.format("messages") + TABLE.format("watched"))
         os.environ["INLET_SCHEMA"] = str(schema)
         try:
-            for count in CONSUMERS[:2] if options.quick else CONSUMERS:
+            for count in CONSUMERS[:1] if options.quick else CONSUMERS:
                 peer = inlet()
                 with peer.running() as process:
                     figures = found[str(count)] = {}
@@ -54,7 +54,7 @@ def measure(options):
                             peer.request("POST", "/watched", json.dumps(time.time()))
                         figures["busy_cpu"] = (cpu_s(process) - before) / (time.monotonic() - began)
                         figures["busy_ms"] = came(running)
-                    figures["writers"] = statistics.median(pairs(peer, count, 2 if options.quick else 8))
+                    figures["writers"] = statistics.median(pairs(peer, count, 1 if options.quick else 8))
                 say(f"waiting: {count}: {figures}")
         finally:
             del os.environ["INLET_SCHEMA"]

@@ -12,7 +12,7 @@ from test_service import DEADLINE_S, TOKEN, send
 
 def test_kill_9_at_random_moments_under_load(tmp_path):
     """Two processes on one database; each round kills one of them, or both at once."""
-    chosen, rounds = seed(), scale(200, 200)
+    chosen, rounds = seed(), scale(80, 200)
     path = database(tmp_path)
     folders = [tmp_path / "a", tmp_path / "b"]
     servers = []

@@ -59,7 +59,7 @@ def test_schemathesis_finds_nothing(server, tmp_path):
         "--workers",
         "2",
     ]
-    options = ["--max-examples", "40", "--seed", seed, "--continue-on-failure", "--no-color", "--warnings", "off"]
+    options = ["--max-examples", "25", "--seed", seed, "--continue-on-failure", "--no-color", "--warnings", "off"]
     environ = os.environ | {"SCHEMATHESIS_HOOKS": "openapi_hooks", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([*command, *options], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     print(done.stdout.rstrip().splitlines()[-1], f"seed {seed}")
