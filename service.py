@@ -49,7 +49,7 @@ TO CHANGE                                     SEE
  who may come in, a header of every answer    clients
  what the log says                            statistics
  what a POST may contain                      reading requests
- what GET takes and shows                     page_from, ViewResource, Store.page; page_sql, also in extras/rqlite.py
+ what GET takes and shows                     query_from, ViewResource, Store.page; page_sql, also in extras/rqlite.py
  the server, a command                        serving, the command line
 """
 
@@ -376,7 +376,6 @@ def storage_problem(error: Exception) -> Problem:
 
 OLDEST_SQLITE = (3, 38, 0)  # the first with ->> built in
 RESERVED_NAMES = ("clients", "clients_version", "healthz", "metrics")
-FEED_PARAMETERS = ("after", "limit", "wait", "fields", "since")
 MESSAGE_COLUMNS = {
     "id": "INTEGER PRIMARY KEY",  # AUTOINCREMENT
     "received_at": "TEXT NOT NULL",
@@ -529,6 +528,15 @@ class Stream:
         columns = ["CAST(t.id AS INTEGER)", *texts, text_as_json("t.body")]
         return [*columns, text_as_json("t.headers")] if self.has_headers else columns
 
+    @cached_property
+    def parameters(self) -> dict[str, tuple[int, int]]:
+        """The parameters of GET that are no fields, with the range of each number. `since` is a time."""
+        if self.has_ids:
+            waits = {"wait": (0, LONGEST_WAIT_S), "fields": (0, 1), "since": (0, 0)}
+            return {"after": (0, MAX_ID), "limit": (1, LARGEST_PAGE)} | waits
+        after = {} if self.id_place is None else {"after": (-MAX_ID, MAX_ID)}
+        return after | {"limit": (1, LARGEST_PAGE)}
+
     @property
     def explain(self) -> tuple[str, tuple]:
         """The SQL that compiles the insert, with its triggers and foreign keys, or the view; and values for it."""
@@ -659,14 +667,14 @@ def stream_from(db: sqlite3.Connection, table: SchemaObject, is_strict: bool) ->
     headers = columns.pop("headers", None)
     if headers and (headers.definition != "TEXT" or headers.is_hidden):
         raise SetupError(f"{table}: its column headers must be headers TEXT")
-    require_route(table, columns, FEED_PARAMETERS)
-    for name, column in columns.items():
-        if not (name in MESSAGE_COLUMNS or column.is_generated or column.can_be_empty):
-            raise SetupError(f"{table}: nothing can fill the column {name}; generate it from the body")
     fields = {column.name: bool(column.has_type) for column in columns.values() if column.is_generated}
     has_answer = "answer" in columns and bool(columns["answer"].is_generated)
     sources = frozenset([fold(table.name)])
     stream = Stream(table.name, fields, has_headers=bool(headers), has_answer=has_answer, sources=sources)
+    require_route(table, columns, stream)
+    for name, column in columns.items():
+        if not (name in MESSAGE_COLUMNS or column.is_generated or column.can_be_empty):
+            raise SetupError(f"{table}: nothing can fill the column {name}; generate it from the body")
     require_insert(db, table, stream)
     return stream
 
@@ -710,19 +718,20 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
     columns = columns_of(db, view.name)
     has_ids = columns.keys() >= MESSAGE_COLUMNS.keys()
     id_place = 0 if has_ids else list(columns).index("id") if "id" in columns else None
-    require_route(view, columns, FEED_PARAMETERS if has_ids else ["limit"] if id_place is None else ["after", "limit"])
     of_message = {*MESSAGE_COLUMNS, "headers"} if has_ids else set()
     fields = {column.name: bool(column.has_type) for name, column in columns.items() if name not in of_message}
     has_headers = has_ids and "headers" in columns
-    return Stream(view.name, fields, False, has_ids, has_headers, id_place=id_place, sources=frozenset(read))
+    stream = Stream(view.name, fields, False, has_ids, has_headers, id_place=id_place, sources=frozenset(read))
+    require_route(view, columns, stream)
+    return stream
 
 
-def require_route(made: SchemaObject, columns: Iterable[str], parameters: Sequence[str]) -> None:
+def require_route(made: SchemaObject, columns: Iterable[str], stream: Stream) -> None:
     """Raise SetupError if the name of a table or view cannot be a path, or a column is called like a parameter."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", made.name) or fold(made.name) in RESERVED_NAMES:
         hint = "use letters, digits, _ and -, and no name of the service's"
         raise SetupError(f"{made.kind} {made.name!r} cannot be a route: {hint}")
-    for name in parameters:
+    for name in stream.parameters:
         if name in columns:
             raise SetupError(f"{made}: GET has a parameter {name}; name the column otherwise")
 
@@ -2331,22 +2340,19 @@ class Query(NamedTuple):
 
 def query_from(params: Mapping[str, str | list[str]], stream: Stream, only: Sequence[str] = ()) -> Query:
     """Return the parameters of a query; Problem 400 if one is unknown, doubled or out of range. only: what is known."""
-    ranges = {"after": (0, MAX_ID) if stream.has_ids else (-MAX_ID, MAX_ID), "limit": (1, LARGEST_PAGE)}
-    ranges |= {"wait": (0, LONGEST_WAIT_S), "fields": (0, 1)}
-    parameters = FEED_PARAMETERS if stream.has_ids else ["limit"] if stream.id_place is None else ["after", "limit"]
-    known = only or [*parameters, *stream.fields]
+    known = only or [*stream.parameters, *stream.fields]
     numbers, since, filters = {}, "", {}
     for name, value in params.items():
         if name not in known:
             raise Problem(400, f"There is no parameter {shown(name)}: there are {', '.join(known)}.", parameters=known)
         if isinstance(value, list):
             raise Problem(400, f"The parameter {name} is given more than once.")
-        if name not in parameters:
+        if name not in stream.parameters:
             filters[name] = value
         elif name == "since":
             since = time_in(value)
         else:
-            low, high = ranges[name]
+            low, high = stream.parameters[name]
             if not re.fullmatch(r"-?[0-9]{1,19}", value) or not low <= int(value) <= high:
                 raise Problem(400, f"{name} takes a whole number from {low} to {high}.")
             numbers[name] = int(value)

@@ -135,8 +135,9 @@ class Connection(http1.Connection):
         environ["inlet.arrived_at"] = self._arrived_at
         environ["inlet.is_abandoned"] = self.is_abandoned
         environ["inlet.answer_later"] = self._answer_later
-        environ["inlet.may_hold"], environ["inlet.has_closed"] = self._may_hold, self._has_closed
-        environ["inlet.held"] = self._held_by
+        if self.request.method != "POST":
+            environ["inlet.may_hold"], environ["inlet.has_closed"] = self._may_hold, self._has_closed
+            environ["inlet.held"] = self._held_by
         if self.request.refusal:
             environ["inlet.refusal"] = self.request.refusal.status, self.request.refusal.detail
         return environ

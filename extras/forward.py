@@ -129,8 +129,8 @@ class Cursor:
     def __init__(self, path: Path, stream: str, target: str):
         self.refused_path = path.with_name(f"{path.name}.refused")
         try:
-            if not path.exists():  # it is never there without its text
-                write_synced(path, f"{0:019}\n{stream}\n{target}\n", os.O_EXCL)
+            if not path.exists():
+                make_cursor(path, f"{0:019}\n{stream}\n{target}\n")
             self._fd = os.open(path, os.O_RDWR)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -164,6 +164,16 @@ class Cursor:
             raise SetupError(f"{self.refused_path} cannot be written: {error}") from None
 
 
+def make_cursor(path: Path, text: str) -> None:
+    """Make a file that is never there without its text: a crash must not leave one that cannot be used."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    write_synced(new, text, os.O_TRUNC)
+    with suppress(FileExistsError):  # another process has made it meanwhile
+        os.link(new, path)
+    new.unlink()
+    sync_directory(path.absolute().parent)
+
+
 def write_synced(path: Path, text: str, flags: int) -> None:
     """Write to a file, which may be new, and sync it."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600), "w", encoding="utf-8") as file:
@@ -188,7 +198,7 @@ def run(stream: str, to: str, options: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     log.info("forwarding %s after id %d to %s", name, cursor.after, target.netloc)
     peer = Peer(target, TIMEOUT_S)
-    path = target._replace(scheme="", netloc="", fragment="", path=target.path or "/").geturl()
+    path = target._replace(scheme="", netloc="", path=target.path or "/").geturl()
     for message in messages(source, token, cursor):
         webhook_id = f"{name}-{message.id}"
         try:

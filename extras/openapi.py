@@ -18,9 +18,25 @@ Json = dict[str, Any]
 
 TYPES = {"TEXT": "string", "REAL": "number", "INTEGER": "integer", "INT": "integer"}
 JSON_TYPES = {"text": "string", "integer": "integer", "real": "number", "object": "object", "array": "array"}
-A_MEMBER = r"(\w+) (not null )?(?:generated always )?as \( body - > > '(?:\$\.(?=\w+'))?([^'$]+)' \)( not null)?"
+# Of a CREATE TABLE, as the tokens of service.normal() with spaces between.
+NAME = r"""([\w$]+|"[^"]+"|`[^`]+`|\[[^\]]+\])"""
 NUMBER = r"((?:- )?\d+(?: \. \d+)?)"
 TEXTS = r"\( ((?:'(?:[^']|'')*' , )*'(?:[^']|'')*') \)"
+A_MEMBER = re.compile(  # a column that is one member of the body
+    rf"(?<=[(,] ){NAME} (\w+) (not null )?(?:generated always )?as"
+    rf" \( body - > > '(?:\$\.(?=\w+'))?([^'$]+)' \)( not null)?"
+)
+FOR_A_VALUE = re.compile(rf"{NAME} is null or \( (.*) \)")
+BETWEEN, LIMIT, ONE_OF, LENGTH, TYPE = (  # each alone, or between ANDs: no part of a longer expression
+    re.compile(rf"(?:^|(?<= and )){rule}(?=$| and )")
+    for rule in (
+        rf"{NAME} between {NUMBER} and {NUMBER}",
+        rf"{NAME} ([<>](?: =)?) {NUMBER}",
+        rf"{NAME} in {TEXTS}",
+        rf"length \( {NAME} \) (?:< =|between \d+ and) (\d+)",
+        rf"json_type \( body , '\$\.(\w+)' \) (?:= ('\w+')|in {TEXTS})",
+    )
+)
 LIMITS = {"> =": "minimum", "< =": "maximum", ">": "exclusiveMinimum", "<": "exclusiveMaximum"}
 PROBLEMS = {400: "Malformed", 401: "No valid token", 403: "The client lacks the grant", 404: "There is nothing here"}
 PROBLEMS |= {406: "Accept names nothing that is here", 503: "It failed: try again, with the same key"}
@@ -142,21 +158,21 @@ def write(stream: Stream, schema: Json) -> Json:
 
 def body_of(store: Store, stream: Stream) -> Json:
     """Return the JSON Schema of a body, as far as the CREATE TABLE tells it."""
-    tokens = store.schema.objects["table", fold(stream.name)].words
-    required, text = [], " ".join(tokens)
-    members: Json = {}
+    tokens, members, required = store.schema.objects["table", fold(stream.name)].words, {}, []
     checks = [] if "nocase" in tokens else list(checks_of(tokens))
-    for column in stream.fields:
-        name = rf"""(?:{re.escape(fold(column))}|["`\[]{re.escape(column)}["`\]])"""
-        found = re.search(rf"[(,] {name} {A_MEMBER}", text)
-        if not found or found[1].upper() not in TYPES:
+    rules: dict[str, list[tuple[str, Json]]] = {}
+    for check in checks:
+        of_value = FOR_A_VALUE.fullmatch(check)
+        for about, part in parts_of(of_value[2] if of_value else check):
+            rules.setdefault(about, []).append((plain(of_value[1]) if of_value else "", part))
+    for column, kind, is_required, member, is_required_too in A_MEMBER.findall(" ".join(tokens)):
+        if kind.upper() not in TYPES:
             continue
-        kind, member = TYPES[found[1].upper()], found[3]
-        schema: Json = integer(-MAX_ID - 1, MAX_ID) if kind == "integer" else {"type": kind}
-        for check in checks:
-            if fold(column) in fold(check) or member in check:  # most are of other columns
-                add_check(schema, check, name, member)
-        if found[2] or found[4]:
+        name, type_ = plain(column), TYPES[kind.upper()]
+        schema: Json = integer(-MAX_ID - 1, MAX_ID) if type_ == "integer" else {"type": type_}
+        for only_for, part in rules.get(name, []) + rules.get(f"'{member}'", []):
+            schema |= part if only_for in ("", name) else {}
+        if is_required or is_required_too:
             required.append(member)
         else:
             schema["type"] = [schema["type"], "null"]
@@ -164,6 +180,11 @@ def body_of(store: Store, stream: Stream) -> Json:
         members[member] = schema
     is_object = required or "json_type ( body ) = 'object'" in checks
     return {"properties": members, "required": required} | (OBJECT if is_object else {})
+
+
+def plain(name: str) -> str:
+    """Return the name of a column without quotes, as SQLite compares it."""
+    return fold(name[1:-1] if name[0] in '"`[' else name)
 
 
 def checks_of(tokens: list[str]) -> Iterator[str]:
@@ -177,27 +198,22 @@ def checks_of(tokens: list[str]) -> Iterator[str]:
             yield " ".join(tokens[start + 2 : end - 1])
 
 
-def add_check(schema: Json, check: str, name: str, member: str) -> None:
-    """Add what a CHECK says about a column to its schema. One with OR or NOT says nothing here."""
-    of_value = re.fullmatch(rf"{name} is null or \( (.*) \)", check)
-    check = of_value[1] if of_value else check
+def parts_of(check: str) -> Iterator[tuple[str, Json]]:
+    """Yield a column, or a 'member', and what a CHECK says of it. One with OR or NOT says nothing here."""
     if re.search(r"\b(?:or|not|case|iif|exists)\b", re.sub("'[^']*'", "''", check)):
         return
-    begins, ends = rf"(?:^|and ){name}", "(?=$| and )"  # no part of a longer expression
-    for low, high in re.findall(rf"{begins} between {NUMBER} and {NUMBER}{ends}", check):
-        schema |= {"minimum": number(low), "maximum": number(high)}
-    for sign, limit in re.findall(rf"{begins} ([<>](?: =)?) {NUMBER}{ends}", check):
-        schema[LIMITS[sign]] = number(limit)
-    for texts in re.findall(rf"{begins} in {TEXTS}{ends}", check):
-        schema["enum"] = [text.replace("''", "'") for text in re.findall(r"'((?:[^']|'')*)'", texts)]
-    for longest in re.findall(rf"(?:^|and )length \( {name} \) (?:< =|between \d+ and) (\d+){ends}", check):
-        schema["maxLength"] = int(longest)
-    kind = rf"(?:^|and )json_type \( body , '\$\.{re.escape(member)}' \)"
-    kinds = re.findall(rf"{kind} (?:= ('\w+')|in {TEXTS}){ends}", check)
-    for one, several in kinds:
+    for name, low, high in BETWEEN.findall(check):
+        yield plain(name), {"minimum": number(low), "maximum": number(high)}
+    for name, sign, limit in LIMIT.findall(check):
+        yield plain(name), {LIMITS[sign]: number(limit)}
+    for name, texts in ONE_OF.findall(check):
+        yield plain(name), {"enum": [text.replace("''", "'") for text in re.findall(r"'((?:[^']|'')*)'", texts)]}
+    for name, longest in LENGTH.findall(check):
+        yield plain(name), {"maxLength": int(longest)}
+    for member, one, several in TYPE.findall(check):
         types = {JSON_TYPES[kind] for kind in re.findall(r"\w+", one or several) if kind in JSON_TYPES}
         if len(types) == 1:
-            schema["type"] = types.pop()
+            yield f"'{member}'", {"type": types.pop()}
 
 
 def number(text: str) -> int | float:
