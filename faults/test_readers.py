@@ -121,9 +121,9 @@ def test_singer(server, tmp_path):
 
 
 def test_duckdb_from_the_file_and_over_http(server, tmp_path):
-    for count in (FIRST, FIRST + THEN, FIRST + THEN):
-        copy = tmp_path / "backup.db"
-        assert run(tmp_path, "backup", str(copy), "--replace").returncode == 0
+    for number, count in enumerate((FIRST, FIRST + THEN, FIRST + THEN)):
+        copy = tmp_path / f"backup-{number}.db"
+        assert run(tmp_path, "backup", str(copy)).returncode == 0
         summed = sum(n + 0.5 for n in range(count))
         out = ran(server, tmp_path, sys.executable, RECIPES / "duckdb_file.py", copy)
         assert out == f"({count}, {count}, {count}, {summed})\n"

@@ -1,7 +1,8 @@
 """What is new in `readings` goes into copy.duckdb, out of the SQLite file: python duckdb_file.py copy-of-inlet.db
 
 pip install duckdb==1.5.5 duckdb-extension-sqlite-scanner==1.5.5 (or, where duckdb.org can be reached, INSTALL sqlite).
-DuckDB does not see generated columns as such, so SQLite has to select them. Give it a backup: the database has secrets.
+DuckDB does not see generated columns as such, so SQLite has to select them. Give it a backup, because the database has
+secrets, and each time one of another name: DuckDB leaves a -wal and a -shm beside it, and backup replaces no such file.
 """
 
 import sys
