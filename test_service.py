@@ -470,18 +470,14 @@ EXTRAS = sorted(
 )
 
 
-def test_an_extra_that_is_deleted_is_not_missed(tmp_path):
-    """Each in turn, and all of them; two at a time."""
+def test_without_extras_the_rest_is_as_before(tmp_path):
+    """faults/test_extras.py deletes each in turn."""
     assert len(EXTRAS) == 13
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        without = [pool.submit(short_contract, name, tmp_path / name.replace("*", "all")) for name in [*EXTRAS, "*"]]
-    for done in without:
-        done.result()
+    short_contract("*", tmp_path)
 
 
 def short_contract(name, folder):
     """What holds without an extra. What it does is not there then, and a command or flag that needs it says so in one line."""
-    folder.mkdir()
     with contextlib.closing(Copied(copy_of_the_service(folder, name))) as server:
         add_tester(server.database)
         eventually(lambda: send(server.connect(), "GET", "/")[0] == 200)

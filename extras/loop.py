@@ -176,7 +176,7 @@ class Server:
         while not (ready := self.selector.select(0)) and not busy and time.monotonic() < awake_until:
             os.sched_yield()
         if not ready and not busy:
-            ready = self.selector.select(0.1 if self.is_stopping else 1)
+            ready = self.selector.select(0.02 if self.is_stopping else 1)
         return ready
 
     def _answer_changed(self) -> None:

@@ -8,7 +8,6 @@ import http.server
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import time
 
 import pytest
 
-from test_service import DEADLINE_S, HERE, TOKEN, database_of, eventually, rows, run, send, stream_sql
+from test_service import DEADLINE_S, HERE, TOKEN, Process, add_tester, eventually, for_many_tests, send, stream_sql
 
 KEY = b"k" * 24
 SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
@@ -31,10 +30,17 @@ BODIES = [
 ]
 
 
-@pytest.fixture
-def source(open_store, server_with):
-    open_store(stream_sql("messages", ", headers TEXT, n TEXT AS (body ->> 'n')"))
-    return server_with()
+@pytest.fixture(scope=for_many_tests)
+def source(tmp_path_factory):
+    """Each test has a stream of its own in it."""
+    folder = tmp_path_factory.mktemp("source")
+    names = ("messages", "refused", "gone", "filtered", "failing")
+    columns = ", headers TEXT, n TEXT AS (body ->> 'n')"
+    (folder / "schema.sql").write_text("".join(stream_sql(name, columns) for name in names))
+    with contextlib.closing(Process(folder, "--schema", str(folder / "schema.sql"))) as server:
+        add_tester(server.database)
+        eventually(lambda: send(server.connect(), "GET", "/")[0] == 200)
+        yield server
 
 
 class Target(http.server.BaseHTTPRequestHandler):
@@ -120,11 +126,11 @@ def test_what_can_pass_is_sent_again_and_what_cannot_is_put_aside(source, target
     target.answers = [(503, {"Retry-After": "1"}), (0, {}), (302, {"Location": "/"}), (401, {})]
     target.answers += [(200, {}), (422, {}), (413, {})]
     for n in range(1, 5):
-        post(source, f'{{"n":\n{n}}}')
-    with forwarding(tmp_path, f"{source.url}/messages", target.url) as process:
+        post(source, f'{{"n":\n{n}}}', "refused")
+    with forwarding(tmp_path, f"{source.url}/refused", target.url) as process:
         eventually(lambda: len(target.came) == 8)
-        refused = tmp_path / "messages.cursor.refused"
-        eventually(lambda: (tmp_path / "messages.cursor").read_text().startswith(f"{4:019}\n"))
+        refused = tmp_path / "refused.cursor.refused"
+        eventually(lambda: (tmp_path / "refused.cursor").read_text().startswith(f"{4:019}\n"))
     assert [headers["webhook-id"][-1] for _, headers, _, _ in target.came] == list("11111234")
     assert target.came[1][3] - target.came[0][3] > 0.9  # it was asked for
     pauses = [after[3] - before[3] for before, after in itertools.pairwise(target.came[1:5])]
@@ -142,41 +148,29 @@ def test_what_can_pass_is_sent_again_and_what_cannot_is_put_aside(source, target
 
 
 def test_410_ends_it_and_the_message_stays(source, target, tmp_path):
-    post(source, "1")
+    post(source, "1", "gone")
     target.answers = [(410, {})]
-    with forwarding(tmp_path, f"{source.url}/messages", target.url) as process:
+    with forwarding(tmp_path, f"{source.url}/gone", target.url) as process:
         assert process.wait(DEADLINE_S) == 1
         assert "410" in process.stderr.read()
-    with forwarding(tmp_path, f"{source.url}/messages", target.url):
+    with forwarding(tmp_path, f"{source.url}/gone", target.url):
         eventually(lambda: len(target.came) == 2)
     assert [came[2] for came in target.came] == [b"1", b"1"]
 
 
 def test_a_filter_of_the_source_holds_and_a_name_is_at_listen(source, target, tmp_path):
     for n in "aba":
-        post(source, f'{{"n": "{n}"}}')
-    with forwarding(tmp_path, f"{source.url}/messages?n=a", target.url):
+        post(source, f'{{"n": "{n}"}}', "filtered")
+    with forwarding(tmp_path, f"{source.url}/filtered?n=a", target.url):
         eventually(lambda: len(target.came) == 2)
-    with forwarding(tmp_path, "messages", target.url, "--listen", source.address, "--cursor", "other"):
+    with forwarding(tmp_path, "filtered", target.url, "--listen", source.address, "--cursor", "other"):
         eventually(lambda: len(target.came) == 5)
     assert (tmp_path / "other").is_file()
 
 
-def test_it_goes_on_when_the_source_was_away(source, target, tmp_path):
-    post(source, "1")
-    with forwarding(tmp_path, f"{source.url}/messages", target.url):
-        eventually(lambda: len(target.came) == 1)
-        source.kill()
-        time.sleep(0.5)
-        source.arguments += ["--listen", source.address]
-        source.start()
-        post(source, "2")
-        eventually(lambda: len(target.came) == 2)
-
-
 def test_it_says_in_one_line_why_it_cannot_run(source, target, one_line_error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stream = f"{source.url}/messages"
+    stream = f"{source.url}/failing"
 
     def said(*words, **environ):
         for name, value in ({"INLET_TOKEN": TOKEN, "INLET_SECRET": SECRET, "INLET_SECRET_FILE": ""} | environ).items():
@@ -195,39 +189,10 @@ def test_it_says_in_one_line_why_it_cannot_run(source, target, one_line_error, t
         assert "is no cursor" in said(stream, target.url, "--cursor", name)
     assert "cannot be used" in said(stream, target.url, "--cursor", "no/folder")
     with forwarding(tmp_path, stream, target.url):
-        eventually(lambda: (tmp_path / "messages.cursor").is_file())
+        eventually(lambda: (tmp_path / "failing.cursor").is_file())
         time.sleep(0.3)
         assert "another process uses" in said(stream, target.url)
     assert "belongs to" in said(stream, f"{target.url}2")
     with forwarding(tmp_path, f"{stream}?nothing=1", target.url, "--cursor", "new") as process:
         assert process.wait(DEADLINE_S) == 2
         assert "cannot be read: 400" in process.stderr.read()
-
-
-def test_two_inlets_make_a_relay(source, server_with, tmp_path):
-    """The target verifies the signature, and takes each message once."""
-    folder = tmp_path / "target"
-    folder.mkdir()
-    (folder / "schema.sql").write_text(stream_sql("messages"))
-    flags = ("--database", str(folder / "inlet.db"), "--schema", str(folder / "schema.sql"))
-    relay = server_with(*flags)
-    given = run(folder, "client", "add", "relay", "--signs", "standard", "--can", "write")
-    assert re.fullmatch(r"whsec_\S+\n", given.stdout), given
-    for body in BODIES:
-        post(source, body.encode())
-    relay.database = folder / "inlet.db"
-    feed, to = f"{source.url}/messages", f"{relay.url}/messages"
-    with forwarding(tmp_path, feed, to) as process:  # with a wrong secret
-        eventually(lambda: "401" in relay.log)
-        time.sleep(0.5)
-    assert "it answers 401; trying again" in process.said
-    assert (tmp_path / "messages.cursor").read_text() == f"{0:019}\n{feed}\n{to}\n"
-    assert not (tmp_path / "messages.cursor.refused").exists()
-    secret = {"INLET_SECRET": given.stdout.strip()}
-    for cursor in ("one", "two"):  # the second time from the beginning
-        with forwarding(tmp_path, feed, to, "--cursor", cursor, **secret):
-            eventually(lambda path=tmp_path / cursor: path.exists() and path.read_text().startswith(f"{7:019}"))
-    assert [body for (body,) in rows(relay, "SELECT body FROM messages ORDER BY id")] == BODIES
-    assert [key for (key,) in rows(relay, "SELECT key FROM messages ORDER BY id")][:2] == ["messages-1", "messages-2"]
-    with database_of(relay) as db:
-        assert db.execute("SELECT DISTINCT client FROM messages").fetchall() == [("relay",)]

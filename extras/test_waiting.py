@@ -15,11 +15,14 @@ import service
 from test_service import (
     AUTHORIZATION,
     DEADLINE_S,
+    Process,
     add_tester,
     append,
     client_of,
     database_of,
     eventually,
+    for_many_tests,
+    rows,
     send,
     stream_sql,
 )
@@ -34,10 +37,20 @@ SCHEMA = (
 )
 
 
-@pytest.fixture
-def server(open_store, server_with):
-    open_store(SCHEMA)
-    return server_with()
+@pytest.fixture(scope=for_many_tests)
+def server(tmp_path_factory):
+    """Tests read after what the others have stored."""
+    folder = tmp_path_factory.mktemp("waiting")
+    (folder / "schema.sql").write_text(SCHEMA)
+    with contextlib.closing(Process(folder, "--schema", str(folder / "schema.sql"))) as server:
+        add_tester(server.database)
+        eventually(lambda: send(server.connect(), "GET", "/")[0] == 200)
+        yield server
+
+
+def newest(server, stream="messages"):
+    """The highest id of a stream, or 0."""
+    return rows(server, f"SELECT coalesce(max(id), 0) FROM {stream}")[0][0]
 
 
 class Waiting(threading.Thread):
@@ -74,26 +87,28 @@ def post(server, body, stream="messages"):
 
 
 def test_an_empty_page_comes_when_a_message_does_or_at_the_deadline(server):
-    waiting = Waiting(server, "/messages?wait=30")
+    last = newest(server)
+    waiting = Waiting(server, f"/messages?after={last}&wait=30")
     time.sleep(0.3)
     assert waiting.is_alive()
     post(server, '{"n": 1}')
     assert waiting.bodies == [{"n": 1}]
     assert 0.3 < waiting.took_s < 5
-    assert waiting.page["next"] == "/messages?after=1&wait=30"
+    assert waiting.page["next"] == f"/messages?after={last + 1}&wait=30"
     assert Waiting(server, "/messages?wait=30").took_s < 5  # it is not empty
-    late = Waiting(server, "/messages?after=1&wait=1")
+    late = Waiting(server, f"/messages?after={last + 1}&wait=1")
     assert late.bodies == []
     assert 0.9 < late.took_s < 5
-    assert late.page["next"] == "/messages?after=1&wait=1"
+    assert late.page["next"] == f"/messages?after={last + 1}&wait=1"
 
 
 @pytest.mark.parametrize(("path", "other", "news"), [
-    ("/messages?n=2", '{"n": 1}', '{"n": 2}'), ("/large?fields=1", '{"n": 1}', '{"n": 101}'),
-    ("/larger?n=300", '{"n": 250}', '{"n": 300}'), ("/copies", '{"n": 8}', '{"n": 7}'),
+    ("/messages?n=2&", '{"n": 1}', '{"n": 2}'), ("/large?fields=1&", '{"n": 1}', '{"n": 101}'),
+    ("/larger?n=300&", '{"n": 250}', '{"n": 300}'), ("/copies?", '{"n": 8}', '{"n": 7}'),
 ])  # fmt: skip
 def test_what_does_not_fit_ends_no_wait_and_what_does_ends_it(path, other, news, server):
-    waiting = Waiting(server, f"{path}{'&' if '?' in path else '?'}wait=30")
+    last = newest(server, "copies" if "copies" in path else "messages")
+    waiting = Waiting(server, f"{path}after={last}&wait=30")
     for _ in range(3):
         post(server, other)
         time.sleep(0.1)
@@ -103,20 +118,22 @@ def test_what_does_not_fit_ends_no_wait_and_what_does_ends_it(path, other, news,
     assert waiting.took_s < 5
 
 
-def test_rows_count_whoever_wrote_them(server, server_with):
-    waiting = Waiting(server, "/messages?wait=30")
+def test_rows_count_whoever_wrote_them(server):
+    last = newest(server)
+    waiting = Waiting(server, f"/messages?after={last}&wait=30")
     time.sleep(0.2)
     with database_of(server) as db:
         db.execute("INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '1')")
     assert waiting.bodies == [1]
-    waiting = Waiting(server, "/messages?after=1&wait=30")
-    post(server_with(), "2")
+    waiting = Waiting(server, f"/messages?after={last + 1}&wait=30")
+    with contextlib.closing(Process(server.folder, "--schema", str(server.folder / "schema.sql"))) as other:
+        post(other, "2")
     assert waiting.bodies == [2]
 
 
 def test_no_wake_up_is_lost(server):
     """A sender that sends as soon as the consumer has asked, at all moments of its request."""
-    path, delays = "/messages?wait=20", []
+    path, delays = f"/messages?after={newest(server)}&wait=20", []
     with contextlib.closing(server.connect()) as sender:
         for n in range(60):
             waiting = Waiting(server, path)
@@ -130,7 +147,9 @@ def test_no_wake_up_is_lost(server):
     assert statistics.median(delays) < 0.2
 
 
-def test_who_waits_holds_no_thread_and_a_stop_ends_the_wait_with_an_empty_page(server):
+def test_who_waits_holds_no_thread_and_a_stop_ends_the_wait_with_an_empty_page(open_store, server_with):
+    open_store(SCHEMA)
+    server = server_with()
     waiting = [Waiting(server, "/messages?wait=60") for _ in range(40)]
     time.sleep(0.5)
     with contextlib.closing(server.connect()) as connection:
@@ -147,9 +166,9 @@ def test_a_token_that_is_removed_ends_the_wait(server):
     add_tester(server.database, "other", "other")
     eventually(lambda: send(server.connect(), "GET", "/", Authorization="Bearer other")[0] == 200)
     with contextlib.closing(server.connect()) as connection:
-        answer = []
+        path, answer = f"/messages?after={newest(server)}&wait=30", []
         get = threading.Thread(
-            target=lambda: answer.append(send(connection, "GET", "/messages?wait=30", Authorization="Bearer other"))
+            target=lambda: answer.append(send(connection, "GET", path, Authorization="Bearer other"))
         )
         get.start()
         time.sleep(0.2)
@@ -220,14 +239,17 @@ def test_who_waits_for_ids_that_are_far_away_is_not_woken(open_store):
     assert (runs, answers) == ([], [])
 
 
+def get_of(path):
+    """A request, as bytes."""
+    return f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: {AUTHORIZATION['Authorization']}\r\n\r\n".encode()
+
+
 def test_a_client_that_has_gone_is_noticed_whatever_it_has_sent_before(server):
     with contextlib.closing(server.connect()) as connection:
         assert send(connection, "GET", "/messages")[0] == 200
     files = len(os.listdir(f"/proc/{server.process.pid}/fd")) if os.path.exists("/proc/self/fd") else 0
-    request = (
-        "GET /messages?wait=60 HTTP/1.1\r\nHost: a\r\nAuthorization: " + AUTHORIZATION["Authorization"] + "\r\n\r\n"
-    )
-    crowd = [server.socket(request.encode()) for _ in range(50)]
+    request = get_of(f"/messages?after={newest(server)}&wait=60")
+    crowd = [server.socket(request) for _ in range(50)]
     time.sleep(0.5)
     for sock in crowd:
         sock.sendall(b"\r\n")
@@ -237,15 +259,13 @@ def test_a_client_that_has_gone_is_noticed_whatever_it_has_sent_before(server):
 
 
 def test_who_closes_only_its_own_side_gets_an_empty_page(server):
-    request = (
-        "GET /messages?wait=60 HTTP/1.1\r\nHost: a\r\nAuthorization: " + AUTHORIZATION["Authorization"] + "\r\n\r\n"
-    )
-    with server.socket(request.encode()) as sock:
-        time.sleep(1.2)
+    path = f"/messages?after={newest(server)}&wait=60"
+    with server.socket(get_of(path)) as sock:
+        time.sleep(0.2)
         sock.shutdown(socket.SHUT_WR)
         received = b"".join(iter(lambda: sock.recv(65536), b""))
     assert received.startswith(b"HTTP/1.1 200 OK")
-    assert received.endswith(b'{"messages": [], "next": "/messages?after=0&wait=60"}')
+    assert received.endswith(f'{{"messages": [], "next": "{path}"}}'.encode())
 
 
 def test_one_slow_look_delays_nobody_for_long(open_store, monkeypatch):

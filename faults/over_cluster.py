@@ -141,10 +141,9 @@ ELSEWHERE = {
         test_it_ends_with_0_and_answers_what_is_in_flight
         test_a_backup_that_cannot_be_is_one_line[inlet.db-itself]
         test_since_reads_few_rows_and_says_when_it_takes_too_long
-        test_two_inlets_make_a_relay
     """,
     "its servers have extras that the cluster needs deleted": """
-        test_an_extra_that_is_deleted_is_not_missed
+        test_without_extras_the_rest_is_as_before
     """,
     "messages of one COMMIT can get their ids in another order": """
         test_what_fails_in_a_shared_commit_costs_only_itself

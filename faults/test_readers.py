@@ -97,8 +97,9 @@ def test_pandas(server, tmp_path):
 def test_dlt(server, tmp_path):
     import duckdb
 
+    places = {"DLT_DATA_DIR": str(tmp_path / "dlt")}  # else dlt remembers the pipelines of other runs
     for count in (FIRST, FIRST + THEN, FIRST + THEN):
-        ran(server, tmp_path, sys.executable, RECIPES / "dlt_pipeline.py", "readings", HOME=str(tmp_path))
+        ran(server, tmp_path, sys.executable, RECIPES / "dlt_pipeline.py", "readings", **places)
         with contextlib.closing(duckdb.connect(str(tmp_path / "inlet.duckdb"), read_only=True)) as db:
             found = "SELECT count(*), count(DISTINCT id), sum((body ->> 'value')::DOUBLE) FROM feed.readings"
             assert db.execute(found).fetchone() == (count, count, sum(n + 0.5 for n in range(count)))

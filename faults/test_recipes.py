@@ -14,23 +14,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import pandas
 import pytest
 from common import Ledger, Server, database, seed, sql, wait_until
 from deployed import BIN, free_port, nginx, running
 
-from test_service import AUTHORIZATION, DEADLINE_S, HERE, TOKEN, copied, readme, run, send
-
-
-def test_a_page_becomes_a_table_of_pandas(tmp_path):
-    exec("".join(readme("py")), names := {})
-    database(tmp_path)
-    with contextlib.closing(Server(tmp_path)) as server, contextlib.closing(server.connect()) as connection:
-        for value in (1, 2.5):
-            send(connection, "POST", "/messages", json.dumps({"value": value, "sensor": {"name": "a"}}))
-        table = names["frame"](f"{server.url}/messages", TOKEN)
-    assert isinstance(table, pandas.DataFrame)
-    assert (table["body.value"].sum(), set(table["body.sensor.name"]), list(table["id"])) == (3.5, {"a"}, [1, 2])
+from test_service import AUTHORIZATION, DEADLINE_S, HERE, copied, readme, run, send
 
 
 def test_two_processes_behind_one_nginx_restart_without_a_gap(tmp_path):

@@ -17,10 +17,9 @@ def frame(url, token):
 
 def whole(url, token):
     """All of a stream. pandas.read_json would make numbers of texts, and fail on those above 2^64."""
-    pages, after = [], 0
-    while len(page := frame(f"{url}?limit=1000&after={after}", token)):
-        pages.append(page)
-        after = page["id"].iloc[-1]
+    pages = [frame(f"{url}?limit=1000", token)]
+    while len(pages[-1]):
+        pages.append(frame(f"{url}?limit=1000&after={pages[-1]['id'].iloc[-1]}", token))
     return pandas.concat(pages, ignore_index=True)
 
 
