@@ -162,7 +162,8 @@ class LineLimit(logging.Filter):
         lines, self._lines = self._lines, Counter()
         for kind, number in lines.items():
             if number > LINES_A_SECOND:
-                log.getChild("more").info("and %d more such lines: %s", number - LINES_A_SECOND, kind)
+                such = re.sub("%[sd]", "...", kind)
+                log.getChild("more").info("and %d more such lines: %s", number - LINES_A_SECOND, such)
 
 
 line_limit = LineLimit()
@@ -729,7 +730,7 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
 def require_route(made: SchemaObject, columns: Iterable[str], stream: Stream) -> None:
     """Raise SetupError if the name of a table or view cannot be a path, or a column is called like a parameter."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", made.name) or fold(made.name) in RESERVED_NAMES:
-        hint = "use letters, digits, _ and -, and no name of the service's"
+        hint = "use up to 64 letters, digits, _ and -, a letter first, and no name of the service's"
         raise SetupError(f"{made.kind} {made.name!r} cannot be a route: {hint}")
     for name in stream.parameters:
         if name in columns:
@@ -2236,8 +2237,9 @@ def kind_of(content_type: str | None) -> str:
         if re.fullmatch(r"application/(?:json|csp-report)|[\w.-]+/[\w.+-]+\+json", kind, re.ASCII):
             return JSON
     accepted = ACCEPTED_TYPES + forms
-    detail = "Send one message as application/json (or any +json), many as application/x-ndjson, in UTF-8"
-    raise Problem(415, f"{detail}, and not as {shown(kind)}.", {"Accept-Post": ", ".join(accepted)}, accepted=accepted)
+    hint = "Send one message as application/json (or any +json), many as application/x-ndjson, in UTF-8"
+    detail = f"{hint}, and not as {shown(content_type or '')}."
+    raise Problem(415, detail, {"Accept-Post": ", ".join(accepted)}, accepted=accepted)
 
 
 def without_gzip(data: bytes, coding: str | None, max_body: int) -> bytes:
@@ -2364,7 +2366,7 @@ def time_in(text: str) -> str:
     try:
         return in_utc(datetime.fromisoformat(text))
     except (ValueError, OverflowError):
-        raise Problem(400, "since takes a time such as 2026-11-27T00:00:00Z, or a date.") from None
+        raise Problem(400, "since takes a time such as 2026-11-27T00:00:00Z (a + is written %2B), or a date.") from None
 
 
 def preferred(req: falcon.Request, *types: str) -> str:

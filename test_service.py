@@ -1441,7 +1441,7 @@ def test_no_kind_of_line_comes_more_than_ten_times_a_second(store, caplog, monke
         10,
         1,
     ]
-    assert {"and 40 more such lines: refused %d", "and 40 more such lines: no room for %d"} <= set(caplog.messages)
+    assert {"and 40 more such lines: refused ...", "and 40 more such lines: no room for ..."} <= set(caplog.messages)
     now[0] += 60
     service.log.critical("damaged")
     assert caplog.messages.count("damaged") == 2

@@ -190,7 +190,8 @@ def run(stream: str, to: str, options: argparse.Namespace) -> int:
     """
     source, target = url_of(stream_url(stream, options)), url_of(to)
     name = source.path.rstrip("/").rpartition("/")[2]
-    token, key = given("INLET_TOKEN"), key_of(given("INLET_SECRET"))
+    token = given("INLET_TOKEN", "a token that may read")
+    key = key_of(given("INLET_SECRET", "a secret that signs, as whsec_…"))
     cursor = Cursor(Path(options.cursor or f"{name}.cursor"), source.geturl(), to)
     signal.signal(signal.SIGALRM, took_too_long)
     for number in STOP_SIGNALS:
@@ -291,15 +292,15 @@ def url_of(text: str) -> SplitResult:
     raise SetupError(f"forward takes a STREAM (its name, or its http:// or https:// URL) and a URL to send to, {hint}")
 
 
-def given(name: str) -> str:
-    """Return a secret from the environment, or from the file that is named there; SetupError if there is none."""
+def given(name: str, what: str) -> str:
+    """Return a token or secret from the environment, or the file that is named there; SetupError if there is none."""
     path = os.environ.get(f"{name}_FILE", "")
     try:
         text = (Path(path).read_text() if path else os.environ.get(name, "")).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"{name}_FILE cannot be read: {error}") from None
     if not re.fullmatch(r"[!-~]+", text):
-        raise SetupError(f"forward needs {name}, or {name}_FILE: a token that may read, and a secret as whsec_…")
+        raise SetupError(f"forward needs {name}, or {name}_FILE: {what}")
     return text
 
 
@@ -308,4 +309,4 @@ def key_of(secret: str) -> bytes:
     try:
         return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
     except ValueError:
-        raise SetupError("INLET_SECRET is whsec_ and base64") from None
+        raise SetupError("INLET_SECRET has to be whsec_ and base64") from None

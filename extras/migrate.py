@@ -48,7 +48,12 @@ def run(database: Database, schema: Schema) -> int:
         db.execute("COMMIT")
         analyze(db)
         checkpoint(db)
-    print("\n".join(changes or ["no table had changed; the INSERTs in the file were run"]))
+    print(
+        "\n".join(
+            changes
+            or ["no table had changed; the INSERTs in the file were run, and its views are new at the next start"]
+        )
+    )
     if changes:
         print("now start the service again: until then it has the old routes and sentences")
     return 0

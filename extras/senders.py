@@ -162,9 +162,11 @@ def one_token(environ: dict[str, Any], token: str) -> str:
 def form_as_json(form: bytes, most_bytes: int) -> bytes:
     """Return the fields of a form as a JSON object of texts, with an array where a name comes several times.
 
-    Problem 400 if it is not in UTF-8, 413 if it has too many fields, or as JSON too many bytes.
-    https://url.spec.whatwg.org/#urlencoded-parsing
+    Problem 400 if it is not in UTF-8, 413 if it has too many fields, or as JSON too many bytes; 415 if it is JSON, as
+    `curl -d` sends it. https://url.spec.whatwg.org/#urlencoded-parsing
     """
+    if form.lstrip()[:1] in (b"{", b"["):  # in a form, these are escaped
+        raise Problem(415, "This is JSON, but its Content-Type says that it is a form: send it as application/json.")
     if form.count(b"&") >= MOST_FIELDS:
         raise Problem(413, f"The form has more than {MOST_FIELDS} fields.", limit=MOST_FIELDS)
     fields: dict[str, Any] = {}

@@ -179,7 +179,7 @@ def test_it_says_in_one_line_why_it_cannot_run(source, target, one_line_error, t
 
     assert "INLET_TOKEN" in said(stream, target.url, INLET_TOKEN="")
     assert "INLET_SECRET" in said(stream, target.url, INLET_SECRET="")
-    assert "INLET_SECRET is whsec_" in said(stream, target.url, INLET_SECRET="whsec_nobase64!")
+    assert "INLET_SECRET has to be whsec_" in said(stream, target.url, INLET_SECRET="whsec_nobase64!")
     assert "INLET_SECRET_FILE" in said(stream, target.url, INLET_SECRET_FILE="nowhere")
     bad_urls = ("nowhere", "ftp://a/b", "http:///a", "http://a:99999/", "http://a:b@c/", "http://a..b/", "http://a/a b")
     for bad in (*bad_urls, f"http://{'a' * 70}/"):

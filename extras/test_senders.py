@@ -309,6 +309,9 @@ def test_a_form_becomes_an_object_of_texts(form, client, store):
 def test_a_form_that_is_not_right_is_refused(client, store):
     for form, status in ((b"a=%ff", 400), (b"\xff=1", 400), (b"&".join([b"a=1"] * 1001), 413)):
         assert client.post("messages", form, **FORMED).status_code == status
+    for text in ('{"a": 1}', " [1]", '{"a": "b=c&d"}'):  # what curl -d sends without a Content-Type
+        refused = client.post("messages", text, **FORMED)
+        assert (refused.status_code, "as application/json" in refused.json["detail"]) == (415, True)
     latin = client.post("messages", b"a=1", Content_Type=f"{service.FORM}; charset=latin-1")
     assert latin.status_code == 415
     parts = client.post("messages", b"x", Content_Type="multipart/form-data; boundary=x")

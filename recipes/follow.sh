@@ -1,12 +1,22 @@
 #!/bin/sh
-# Appends what is new in a stream to a file of one message a line, which is its own checkpoint: sh follow.sh readings
-# BASE is the address of the service, and TOKEN may read. jq reads only the id: the bodies stay as they were sent.
+# Appends each message of a stream to a file of one message a line, for ever: sh follow.sh readings
+# The file is its own checkpoint: stop it at any moment, and start it again. BASE is the address of the service, and
+# TOKEN may read. jq reads only the id: the bodies stay as they were sent.
 set -eu
-touch "$1.ndjson"
-tail -n 1 "$1.ndjson" | jq -e .id > /dev/null 2>&1 || sed -i '$d' "$1.ndjson" # a line that a crash has cut
-page=more
-while [ -n "$page" ]; do
-    page=$(curl -fsS --retry 9 -H "Authorization: Bearer $TOKEN" -H "Accept: application/x-ndjson" \
-        "$BASE/$1?limit=1000&after=$(tail -n 1 "$1.ndjson" | jq -s '.[0].id // 0')")
-    [ -z "$page" ] || printf '%s\n' "$page" >> "$1.ndjson"
+file="$1.ndjson"
+touch "$file"
+# A crash can cut the last line. It is asked for again.
+if [ -n "$(tail -c 1 "$file")" ] || ! tail -n 1 "$file" | jq -e .id > /dev/null 2>&1; then
+    sed '$d' "$file" > "$file.new"
+    mv "$file.new" "$file"
+fi
+while true; do
+    after=$(tail -n 1 "$file" | jq -s '.[0].id // 0')
+    # Not curl's --retry: it would put a page behind the half of one.
+    if page=$(curl -fsS --max-time 90 -H "Authorization: Bearer $TOKEN" -H "Accept: application/x-ndjson" \
+        "$BASE/$1?limit=1000&wait=30&after=$after") && [ -n "$page" ]; then
+        printf '%s\n' "$page" >> "$file"
+    else
+        sleep 1
+    fi
 done

@@ -1,6 +1,7 @@
 -- Work that several workers share (worker.py): POST /jobs, and each is done once, also if a worker dies.
 -- A claim holds for a minute. It is unique, so of two workers that claim a job, one gets 409. Where the work can take
--- longer than that, two workers can do it, but only one of them is recorded in `done`.
+-- longer than that, two workers can do it, but only one of them is recorded in `done`. Where there is a stream `refused`, it
+-- gets a row for each claim that came second.
 CREATE TABLE IF NOT EXISTS jobs (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
     received_at TEXT NOT NULL,
