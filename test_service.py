@@ -2137,6 +2137,22 @@ def test_a_body_that_a_trigger_has_made_is_utf_8_in_every_form(open_store):
         assert (answer.status_code, "\N{REPLACEMENT CHARACTER}" in answer.content.decode()) == (200, True)
 
 
+def test_whatever_a_trigger_has_made_stops_nobody_who_reads(open_store):
+    sql = stream_sql("messages") + stream_sql("copies", ", headers TEXT") + (
+        "CREATE TRIGGER copy AFTER INSERT ON messages BEGIN INSERT INTO copies (received_at, client, key, body, headers)"
+        " SELECT e.value, e.value, e.value, '1', json_quote(e.value) FROM json_each(NEW.body) AS e; END;")  # fmt: skip
+    store = open_store(sql)
+    client = client_of(store)
+    assert client.post("messages", '["\\ud83d cut", "a"]').status_code == 201
+    replaced = "\N{REPLACEMENT CHARACTER}" * 3 + " cut"
+    for path in ("/copies", "/copies?fields=1"):
+        first, second = client.get(path).json["messages"]
+        assert [first[name] for name in ("received_at", "client", "key", "headers")] == [replaced] * 4
+        assert second["key"] == "a"
+    for path, accept in (("/copies/1", "*/*"), ("/copies/1/body", "*/*"), ("/copies", "text/csv")):
+        assert client.get(path, Accept=accept).status_code == 200, path
+
+
 def test_pages_are_csv_if_asked(open_store):
     report = "CREATE VIEW sums AS SELECT a, sum(\"b c\") AS sum, x'00ff' AS raw, NULL AS none FROM x GROUP BY a;"
     client = client_of(open_store(stream_sql("x", FIELDS) + stream_sql("plain") + report, clock=lambda: NOW))
@@ -2712,12 +2728,12 @@ def test_only_serving_makes_a_database(words, one_line_error, tmp_path, monkeypa
 def test_the_consumer_and_the_sender_in_readme_work(server):
     exec("".join(readme("python")), names := {})
     sent = [names["send"](f"{server.url}/messages", TOKEN, {"n": n}) for n in range(3)]
-    seen, path = [], "/messages?limit=2"
-    for _ in range(3):  # each time from the path that was kept
-        message, path = next(names["messages"](server.url, TOKEN, path))
+    seen, url = [], f"{server.url}/messages?limit=2"
+    for _ in range(3):  # each time from the URL that was kept
+        message, url = next(names["messages"](url, TOKEN))
         seen.append((message["id"], message["body"]["n"]))
     assert seen == list(zip(sent, range(3), strict=True))
-    assert path == "/messages?after=3&limit=2"
+    assert url == f"{server.url}/messages?after=3&limit=2"
 
 
 class Trouble(http.server.BaseHTTPRequestHandler):
@@ -2740,7 +2756,7 @@ class Trouble(http.server.BaseHTTPRequestHandler):
 def test_the_consumer_and_the_sender_in_readme_outlast_all_that_can_pass():
     trouble = [(503, {"Retry-After": 7}, b"{}"), (429, {"Retry-After": 9}, b"{}"), (408, {}, b"{}"), (0, {}, b"")]
     trouble += [(502, {}, b"<html>"), (200, {"Content-Length": 500}, b'{"id": 7, "mess')]
-    page = b'{"messages": [{"id": 41, "body": %b}, {"id": 42, "body": 2}], "next": "/messages?after=42"}'
+    page = b'{"messages": [{"id": 41, "body": %b}, {"id": 42, "body": 2}], "next": "/under/messages?after=42"}'
     page %= b"1" * 4301
     exec("".join(readme("python")), names := {})
     slept = []
@@ -2754,11 +2770,12 @@ def test_the_consumer_and_the_sender_in_readme_outlast_all_that_can_pass():
         assert server.asked[0][1]
         assert slept[:2] == [7, 9]
         server.asked, server.answers = [], [*trouble, (200, {}, page), (200, {}, page)]
-        feed = names["messages"](url, TOKEN)
-        (first, first_path), (second, second_path) = next(feed), next(feed)
-        assert (first["id"], second, first_path) == (41, {"id": 42, "body": 2}, "/messages?after=41")
-        next(names["messages"](url, TOKEN, second_path))
-        assert [path for path, _, _ in server.asked] == ["/messages?wait=30"] * 7 + ["/messages?after=42"]
+        feed = names["messages"](f"{url}/under/messages?wait=30", TOKEN)
+        (first, first_url), (second, second_url) = next(feed), next(feed)
+        assert (first["id"], second, first_url) == (41, {"id": 42, "body": 2}, f"{url}/under/messages?after=41")
+        next(names["messages"](second_url, TOKEN))
+        asked = ["/under/messages?wait=30"] * 7 + ["/under/messages?after=42"]
+        assert [path for path, _, _ in server.asked] == asked
         assert slept[6:8] == [7, 9]
         server.answers = [(422, {}, b"{}")]  # what would never pass
         with pytest.raises(Exception, match="422"):

@@ -60,6 +60,7 @@ def parameter(name: str, schema: Json, where: str = "query") -> Json:
 
 
 ID = integer(1, MAX_ID)
+OR_NULL = ID | {"type": ["integer", "null"]}
 THE_ID = parameter("id", ID, "path")
 FIELDS = parameter("fields", integer(0, 1))
 PAGE = [parameter("limit", integer(1, service.LARGEST_PAGE)), FIELDS]
@@ -86,6 +87,7 @@ class OpenApiResource:
                 paths.setdefault(f"/{name}", {})["post"] = write(stream, self._bodies[name])
         bodies = {name: body for name, body in self._bodies.items() if f"/{name}" in paths}
         problem = shape(title=TEXT, status={"type": "integer"}, detail=TEXT)
+        problem["properties"] |= {"line": ID, "stream": TEXT, "limit": ID}
         schemes = {scheme: {"type": "http", "scheme": scheme} for scheme in ("bearer", "basic")}
         resp.media = {
             "openapi": "3.1.0",
@@ -134,7 +136,9 @@ def report(stream: Stream) -> Json:
     rows = {"type": "array", "items": {"type": "object", "properties": {name: {} for name in stream.fields}}}
     parameters = [PAGE[0], *(parameter(name, TEXT) for name in stream.fields)]
     parameters += [] if stream.id_place is None else [parameter("after", integer(-MAX_ID, MAX_ID))]
-    kinds = {JSON: shape(rows=rows), NDJSON: TEXT, CSV: TEXT}
+    page = shape(rows=rows)
+    page["properties"] |= {"more": {"type": "boolean"}} | ({} if stream.id_place is None else {"next": TEXT})
+    kinds = {JSON: page, NDJSON: TEXT, CSV: TEXT}
     found = operation(f"read.{stream.name}", "The rows of a report", kinds, parameters)
     return {f"/{stream.name}": {"get": found}}
 
@@ -142,9 +146,13 @@ def report(stream: Stream) -> Json:
 def write(stream: Stream, schema: Json) -> Json:
     """Return the POST of a stream. A form is named if its texts can be what the schema wants."""
     one = shape(id=ID, received_at=TEXT)
-    many = shape(count=ID, first_id=ID, last_id=ID, received_at=TEXT)
-    key = parameter("Idempotency-Key", TEXT | {"pattern": f"^{service.KEY}$"}, "header")
-    found = operation(f"send.{stream.name}", "Take a message, or a batch", {JSON: {"anyOf": [one, many]}}, [key], 201)
+    many = shape(count=integer(0, MAX_ID), received_at=TEXT)
+    many["properties"] |= {"first_id": OR_NULL, "last_id": OR_NULL, "refused": {"type": "array", "items": OBJECT}}
+    parameters = [parameter("Idempotency-Key", TEXT | {"pattern": f"^{service.KEY}$"}, "header")]
+    if service.extra("outcomes"):
+        parameters.append(parameter("Prefer", TEXT | {"examples": ["handling=lenient"]}, "header"))
+    taken = {JSON: {"anyOf": [one, many]}}
+    found = operation(f"send.{stream.name}", "Take a message, or a batch", taken, parameters, 201)
     found["responses"] |= problems(OF_POST)
     if stream.has_answer:
         found["responses"]["200"] = {"description": "Stored, and answered by the column `answer`"}

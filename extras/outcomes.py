@@ -72,7 +72,7 @@ class Outcomes:
         self, store: Store, db: Any, entry: Entry, problem: Problem, received_at: str, by_line: bool
     ) -> Stored | Problem:
         """Return the result of an entry that a rule refuses. by_line: of a lenient batch, others are inserted."""
-        if entry.refused is not None and by_line:
+        if entry.refused is not None and (by_line or entry.earlier):  # what is earlier is on disk
             return self._line_by_line(store, db, entry, received_at)
         kept_in = store.schema.streams.get("refused")
         if kept_in and kept_in.takes and entry.stream is not kept_in:

@@ -104,6 +104,19 @@ def test_a_key_makes_each_line_of_a_lenient_batch_once(open_store):
     assert (again.json["first_id"], again.json["count"]) == (single.json["id"], 2)
 
 
+def test_what_was_stored_of_a_lenient_batch_is_never_answered_with_4xx(open_store):
+    """Also where its key was used with other bodies, and that shows after the first portion."""
+    store = open_store(REFUSED)
+    client, key = client_of(store), {"Idempotency_Key": "k"}
+    first = "\n" * 500 + "\n".join(f'{{"n": -{n}}}' for n in range(501, 601))
+    assert client.post("strict", first, **key, **LENIENT).json["count"] == 100
+    answer = client.post("strict", "\n".join(['{"n": 1}'] * 650), **key, **LENIENT)
+    assert (answer.status_code, answer.json["count"]) == (201, 550)
+    refused = answer.json["refused"]
+    assert ([each["line"] for each in refused], {each["status"] for each in refused}) == ([*range(501, 601)], {422})
+    assert rows(store, "SELECT count(*) FROM strict WHERE n = 1") == [(550,)]
+
+
 def test_a_large_lenient_batch_comes_in_portions(open_store):
     """So that single messages come in between."""
     store = open_store(REFUSED)

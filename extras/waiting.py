@@ -30,7 +30,7 @@ LastIds = Mapping[str, int]  # by the folded names of tables
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """A GET that can be held. last_ids: what was there before it read. seen: nothing up to this id fits it.
+    """A GET that can be held. last_ids: what was there before it read. seen: what had an id up to this did not fit.
 
     after: only a larger id is news, where it reads one table. All times are as time.monotonic() has them.
     """

@@ -153,7 +153,6 @@ def test_a_sender_that_can_neither_sign_nor_send_headers(server):
 DELIVERY_HEADERS = [
     "Idempotency-Key",
     "x-amz-sns-message-id",
-    "x-wc-webhook-delivery-id",
     "x-request-uuid",
     "i-twilio-idempotency-token",
 ]
@@ -161,7 +160,7 @@ DELIVERY_HEADERS = [
 
 def test_what_names_a_delivery_is_its_key_and_a_redelivery_is_a_replay(server):
     """Of several, the first in this order; each one alone; and none, which makes a message each time."""
-    cases = [DELIVERY_HEADERS[n:] for n in range(5)] + [[name] for name in DELIVERY_HEADERS]
+    cases = [DELIVERY_HEADERS[n:] for n in range(len(DELIVERY_HEADERS))] + [[name] for name in DELIVERY_HEADERS]
     keys = []
     with secret_path(server) as address:
         for number, names in enumerate(cases):

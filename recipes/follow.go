@@ -13,7 +13,7 @@ import (
 
 func main() {
 	// The last argument is the id of the last message that was dealt with: keep it with the results.
-	base, path := os.Getenv("BASE"), "/"+os.Args[1]+"?wait=30&limit=1000&after="+os.Args[2]
+	address := os.Getenv("BASE") + "/" + os.Args[1] + "?wait=30&limit=1000&after=" + os.Args[2]
 	client := http.Client{Timeout: time.Minute}
 	for {
 		var page struct {
@@ -21,7 +21,7 @@ func main() {
 			Next     string
 		}
 		pause := 1
-		request, err := http.NewRequest("GET", base+path, nil)
+		request, err := http.NewRequest("GET", address, nil)
 		if err != nil {
 			log.Fatal(err)
 		}
@@ -34,7 +34,9 @@ func main() {
 				pause = seconds
 			}
 			if answer.StatusCode == 200 && json.NewDecoder(answer.Body).Decode(&page) == nil {
-				path = page.Next
+				if next, err := request.URL.Parse(page.Next); err == nil {
+					address = next.String()
+				}
 				for _, message := range page.Messages {
 					fmt.Printf("%s\n", message)
 				}
