@@ -29,7 +29,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import SplitResult, urlsplit
 
-from service import JSON, JSON_DECODER, STOP_SIGNALS, SetupError, __version__, shown, sync_directory, unix_path, utc_now
+from service import (
+    JSON,
+    JSON_DECODER,
+    MAX_ID,
+    STOP_SIGNALS,
+    SetupError,
+    __version__,
+    shown,
+    sync_directory,
+    unix_path,
+    utc_now,
+)
 
 log = logging.getLogger("inlet")
 
@@ -38,7 +49,8 @@ PAUSE_S = 1.0  # before the next read, where the server cannot wait
 TIMEOUT_S = 30.0  # for an answer, beyond WAIT_S
 LONGEST_PAUSE_S = 60.0  # between two tries, unless Retry-After asks for more
 LONGEST_RETRY_AFTER_S = 3600
-LARGEST_ANSWER = 64 * 1024 * 1024  # bytes: a page has a quarter of that at most
+LARGEST_PAGE = 1_100_000_000  # bytes: what --max-body can be, and more
+LARGEST_ANSWER = 1024 * 1024  # of the target
 FAILURES = (OSError, http.client.HTTPException, ValueError)  # ValueError: such as a chunk of a size below 0
 # The first four are about the URL or the secret: one that is wrong must not put a whole stream aside.
 TRY_AGAIN = (401, 403, 404, 405, 408, 425, 429)
@@ -75,11 +87,11 @@ class Answer(http.client.HTTPResponse):
 class Peer:
     """A server that is asked again and again until it answers, over one connection."""
 
-    def __init__(self, url: SplitResult, timeout_s: float):
+    def __init__(self, url: SplitResult, timeout_s: float, largest: int):
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         self._connection = kind(url.hostname or "", url.port, timeout=timeout_s)
         self._connection.response_class = Answer
-        self._name, self._timeout_s = url.netloc, timeout_s
+        self._name, self._timeout_s, self._largest = url.netloc, timeout_s, largest
 
     def ask(self, method: str, target: str, body: bytes | None, headers: Callable[[], dict[str, str]]) -> bytes:
         """Return the answer, if it is 2xx, however long that takes; Refused if it will never be."""
@@ -103,7 +115,7 @@ class Peer:
 
     def _try(self, method: str, target: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, str, bytes]:
         """Return the status, Retry-After and the content. It takes at most the time-out, whatever comes meanwhile."""
-        connection, content = self._connection, b""
+        connection, content = self._connection, bytearray()
         if connection.sock and select.select([connection.sock], [], [], 0)[0]:
             connection.close()  # the other side has closed it, or has said what is no answer to this
         signal.setitimer(signal.ITIMER_REAL, self._timeout_s)
@@ -112,13 +124,13 @@ class Peer:
             answer = connection.getresponse()
             is_taken = method == "POST" and 200 <= answer.status < 300  # whatever it still says
             with suppress(*FAILURES) if is_taken else nullcontext():
-                while (piece := answer.read1(65_536)) and len(content) <= LARGEST_ANSWER:
+                while (piece := answer.read1(65_536)) and len(content) <= self._largest:
                     content += piece
             if answer.length == 0:
                 answer.close()
             if not answer.isclosed():
                 connection.close()
-            return answer.status, answer.headers.get("Retry-After", "").strip(), content
+            return answer.status, answer.headers.get("Retry-After", "").strip(), bytes(content)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -198,7 +210,7 @@ def run(stream: str, to: str, options: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: sys.exit(0))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     log.info("forwarding %s after id %d to %s", name, cursor.after, target.netloc)
-    peer = Peer(target, TIMEOUT_S)
+    peer = Peer(target, TIMEOUT_S, LARGEST_ANSWER)
     path = target._replace(scheme="", netloc="", path=target.path or "/").geturl()
     for message in messages(source, token, cursor):
         webhook_id = f"{name}-{message.id}"
@@ -220,7 +232,7 @@ def took_too_long(*_: Any) -> NoReturn:
 
 def messages(source: SplitResult, token: str, cursor: Cursor) -> Iterator[Message]:
     """Yield each message after the cursor, in order, for ever; SetupError if they can never be read."""
-    peer = Peer(source, WAIT_S + TIMEOUT_S)
+    peer = Peer(source, WAIT_S + TIMEOUT_S, LARGEST_PAGE)
     headers = {"Authorization": f"Bearer {token}", "Accept": JSON}
     while True:
         began = time.monotonic()
@@ -252,7 +264,9 @@ def messages_in(page: str) -> Iterator[Message]:
             value_at = end + 2  # behind ": "
             _, end = JSON_DECODER.raw_decode(page, value_at + len(leading(page, value_at)))
             position = end + len(leading(page, end))
-            found[name] = page[value_at:position]
+            found[str(name)] = page[value_at:position]
+        if not 0 < int(found["id"]) <= MAX_ID:
+            raise ValueError("there is no such id")
         yield Message(int(found["id"]), found["body"].encode(), page[start : position + 1])
         start = position + (3 if page[position + 1] == "," else 1)
 

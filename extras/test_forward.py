@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+import service
 from test_service import DEADLINE_S, HERE, TOKEN, Process, add_tester, eventually, for_many_tests, send, stream_sql
 
 KEY = b"k" * 24
@@ -166,6 +167,17 @@ def test_a_filter_of_the_source_holds_and_a_name_is_at_listen(source, target, tm
     with forwarding(tmp_path, "filtered", target.url, "--listen", source.address, "--cursor", "other"):
         eventually(lambda: len(target.came) == 5)
     assert (tmp_path / "other").is_file()
+
+
+@pytest.mark.parametrize("page", [
+    '[]', '{"messages": [{"body": 1}]}', '{"messages": [{[1]: 2}]}', '{"messages": [{{"a": 1}: 2}]}', '{"messages": [{"id": 1.5, "body": 1}]}',
+    f'{{"messages": [{{"id": {"9" * 25}, "body": 1}}]}}', f'{{"messages": [{{"id": {"9" * 5000}, "body": 1}}]}}',
+    '{"messages": [{"id": -1, "body": 1}]}', '{"messages": [{"id": 1, "body": ' + "[" * 200_000, '{"messages": [{"id": 1, "body": 1',
+])  # fmt: skip
+def test_a_page_that_is_no_feed_is_never_taken_for_one(page):
+    forward = service.extra("forward")
+    with pytest.raises((ValueError, LookupError, RecursionError)):
+        list(forward.messages_in(page))
 
 
 def test_it_says_in_one_line_why_it_cannot_run(source, target, one_line_error, tmp_path, monkeypatch):

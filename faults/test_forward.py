@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.server
 import json
 import os
 import signal
@@ -195,6 +196,28 @@ def test_a_target_that_speaks_oddly_gets_each_message_and_none_is_put_aside(answ
     assert list(dict.fromkeys(came)) == [f"messages-{n}" for n in range(1, 7)]
     assert not (tmp_path / "c.refused").exists()
     assert "\x1b" not in (tmp_path / "forward.log").read_text()
+
+
+def test_a_message_of_70_mb_comes_through(tmp_path):
+    database(tmp_path, stream_sql("messages"))
+    server = Server(tmp_path, "--max-body", "100000000")
+    lengths = []
+
+    class Target(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            lengths.append(len(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Target) as target:
+        threading.Thread(target=target.serve_forever, daemon=True).start()
+        for body in (b"1", b'"%b"' % (b"x" * 70_000_000), b"2"):
+            post(server, body)
+        with forwarding(tmp_path, f"{server.url}/messages", f"http://127.0.0.1:{target.server_port}/"):
+            wait_until(lambda: lengths[-1:] == [1] and len(lengths) >= 3, "it is stuck")
+        target.shutdown()
+    assert lengths == [1, 70_000_002, 1]
+    assert server.end() == 0
 
 
 def test_an_answer_that_never_ends_holds_nothing_up(source, tmp_path):

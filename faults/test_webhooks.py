@@ -150,12 +150,7 @@ def test_a_sender_that_can_neither_sign_nor_send_headers(server):
     assert (message["key"], message["body"]["Message"]) == ("sns-1", "m")
 
 
-DELIVERY_HEADERS = [
-    "Idempotency-Key",
-    "x-amz-sns-message-id",
-    "x-request-uuid",
-    "i-twilio-idempotency-token",
-]
+DELIVERY_HEADERS = ["Idempotency-Key", "x-amz-sns-message-id", "x-request-uuid", "i-twilio-idempotency-token"]
 
 
 def test_what_names_a_delivery_is_its_key_and_a_redelivery_is_a_replay(server):
