@@ -792,6 +792,7 @@ def is_stream(db: sqlite3.Connection, table: str) -> bool:
 MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
+LAST_ID_S = 0.2  # for the last ids of views, which can take a look at all rows
 ROWS_OF_BATCHES = 1000  # in one COMMIT, unless one batch has more: single messages wait for all of them
 
 # What a client reads, by SQLite's name of the error. {said} are SQLite's words, {text} the same without the table's
@@ -1229,7 +1230,7 @@ class Store:
                     sentences += f" There is no index on {column}."
         return sentences
 
-    def last_id(self, stream: Stream) -> int | None:
+    def last_id(self, stream: Stream, within_s: float = LAST_ID_S) -> int | None:
         """Return the last id of a stream, also of a message that was deleted, or that of a view.
 
         None if it cannot be found in time.
@@ -1237,7 +1238,7 @@ class Store:
         sql = "SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = :name COLLATE NOCASE"
         if not stream.takes:
             sql = f'SELECT CAST(t.id AS INTEGER) FROM "{stream.name}" AS t ORDER BY t.id DESC LIMIT 1'
-        with contextlib.suppress(sqlite3.DatabaseError), self.database.reader(0.2) as db:
+        with contextlib.suppress(sqlite3.DatabaseError), self.database.reader(within_s) as db:
             return (db.execute(sql, {"name": stream.name}).fetchone() or (0,))[0]
         return None
 
@@ -2365,14 +2366,15 @@ def query_from(params: Mapping[str, str | list[str]], stream: Stream, only: Sequ
 def time_in(text: str) -> str:
     """Return a date or a time (RFC 3339) as received_at has it; Problem 400."""
     try:
-        return in_utc(datetime.fromisoformat(text))
+        return in_utc(datetime.fromisoformat(text.upper()))
     except (ValueError, OverflowError):
         raise Problem(400, "since takes a time such as 2026-11-27T00:00:00Z (a + is written %2B), or a date.") from None
 
 
-def preferred(req: falcon.Request, *types: str) -> str:
+def preferred(req: falcon.Request, resp: falcon.Response, *types: str) -> str:
     """Return which media type the client prefers, the first if it does not say; Problem 406 if it takes none."""
-    accept = req.accept.lower()
+    resp.set_header("Vary", "Accept")
+    accept = ",".join(part for part in req.accept.lower().split(",") if part.strip())  # RFC 9110, 5.6.1
     if accept in ("*/*", types[0]):
         return types[0]
     if len(accept) > LONGEST_MEDIA_TYPE:
@@ -2482,8 +2484,10 @@ class ViewResource:
         stream = self.stream
         req.context.client.require("read", stream)
         query = query_from(req.params, stream)
-        resp.set_header("Vary", "Accept")
-        kind = preferred(req, JSON, *NDJSON_TYPES, CSV)
+        kind = preferred(req, resp, JSON, *NDJSON_TYPES, CSV)
+        arrived_at = req.env.get("inlet.arrived_at", math.inf)
+        if not req.env.get("inlet.held") and time.monotonic() > arrived_at + READ_TIMEOUT_S:
+            raise Problem(503, "Too many slow reads are waiting.")
         wait_s = query.numbers.get("wait")
         wait = None  # begins before the page is read: what comes meanwhile ends it
         if wait_s and self._waits:
@@ -2501,7 +2505,10 @@ class ViewResource:
         if stream.id_place is not None and (after is not None or not texts):
             given: dict[str, Any] = {} if after is None else {"after": after}
             given |= {name: number for name, number in query.numbers.items() if name != "after"}
-            given |= {"since": query.since} if query.since and not texts else {}
+            if query.since and not texts:
+                given["since"] = query.since
+                if not stream.takes:  # an id of the stream would tell what the view does not show
+                    given["after"] = query.numbers.get("after", 0)
             next_page = f"{link(req, stream.name)}?{urlencode(given | query.filters)}"
             resp.set_header("Link", f'<{next_page}>; rel="next"')
             tail = (b"" if stream.has_ids else tail) + f', "next": {json_string(next_page)}'.encode()
@@ -2564,12 +2571,12 @@ class ViewResource:
         req.context.client.require("read", self.stream)
         with_fields = bool(query_from(req.params, self.stream, ["fields"]).numbers.get("fields"))
         resp.data = envelope(self.stream, self._row(req, message_id, with_fields), with_fields)
-        if preferred(req, JSON, *NDJSON_TYPES) in NDJSON_TYPES:
+        if preferred(req, resp, JSON, *NDJSON_TYPES) in NDJSON_TYPES:
             resp.content_type, resp.data = NDJSON, as_lines([resp.data])
 
     def on_get_body(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
         req.context.client.require("read", self.stream)
-        preferred(req, JSON)
+        preferred(req, resp, JSON)
         resp.data = in_utf_8(self._row(req, message_id)[4])
 
     def _row(self, req: falcon.Request, message_id: int, with_fields: bool = False) -> tuple:
@@ -2651,18 +2658,18 @@ class RootResource:
         self._store = store
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        preferred(req, JSON)
+        preferred(req, resp, JSON)
         streams: dict[str, dict[str, Any]] = {}
         views: dict[str, dict[str, Any]] = {}
+        deadline = time.monotonic() + LAST_ID_S  # for all, because plain pages wait for this
         for name, stream in self._store.schema.streams.items():
             actions = ("write", "read") if stream.takes else ("read",)
             can = [action for action in actions if req.context.client.can(action, stream)]
             if can:
                 found: dict[str, Any] = {"href": link(req, name), "can": can, "fields": list(stream.fields)}
                 if stream.has_ids:
-                    found["last_id"] = self._store.last_id(stream)
+                    found["last_id"] = self._store.last_id(stream, deadline - time.monotonic())
                 (streams if stream.takes else views)[name] = found
-        resp.set_header("Vary", "Accept")
         resp.media = {"service": "Inlet", "version": __version__, "streams": streams, "views": views}
 
     on_head = on_get
@@ -2822,7 +2829,8 @@ def run_loop(
         if name in ("healthz", "metrics"):
             return 0
         stream = store.schema.streams.get(name)
-        return 1 if stream and stream.takes and re.fullmatch(r"((after|limit|wait|fields)=\w*&?)*", query) else 2
+        is_plain = re.fullmatch(r"((after|limit|wait|fields|since)=[\w:.%-]*&?)*", query)
+        return 2 if stream and not (stream.takes and is_plain) else 1
 
     lanes = 1, max(1, settings.threads // 2), max(1, settings.threads - settings.threads // 2)
     room, limit = max(BODIES_BYTES, 4 * settings.max_body), connection_limit(settings.threads)

@@ -1854,7 +1854,10 @@ def test_the_feed_is_ndjson_if_asked(kind, client):
     assert [json.loads(line)["body"] for line in lines] == [{"a": 1}, 2]
     assert json.loads(lines[0])["key"] == "k"
     assert client.get("/messages?after=2", Accept=f"application/{kind}").text == ""
-    assert answer.headers["Vary"] == client.get("/messages").headers["Vary"] == "Accept"
+    for path in ("/messages", "/messages/1", "/messages/1/body", "/"):
+        for accept in ("*/*", "image/png"):
+            assert client.get(path, Accept=accept).headers["Vary"] == "Accept", path
+    assert client.get("/messages", Accept=", application/json,,text/csv;q=0.2").headers["Content-Type"] == service.JSON
 
 
 def test_a_page_ends_at_about_4_mib_but_never_empty(client, store):
@@ -2077,7 +2080,7 @@ def test_since_begins_where_received_at_reaches_a_time(open_store):
     change(store, "DELETE FROM messages WHERE id IN (1, 5, 8)")
     for since, found in {
         "2026-11-27": [2, 3, 4, 6, 7], "2026-11-27T02:00:00Z": [2, 3, 4, 6, 7], "2026-11-27T02:00:00.001Z": [6, 7],
-        "2026-11-27T03:30:00%2B01:00": [6, 7], "2026-11-27T10:00": [7], "2026-11-28": [], "1000-01-01": [2, 3, 4, 6, 7],
+        "2026-11-27t02:30:00z": [6, 7], "2026-11-27T03:30:00%2B01:00": [6, 7], "2026-11-27T10:00": [7], "2026-11-28": [], "1000-01-01": [2, 3, 4, 6, 7],
     }.items():  # fmt: skip
         page = client.get(f"/messages?since={since}")
         assert ids(page) == found, since
@@ -2121,6 +2124,9 @@ def test_since_works_on_a_view_of_few_rows_and_on_any_received_at(open_store, mo
     ran = watch(monkeypatch)
     assert ids(client.get("/rare?since=2026-11-27T12:00:00Z")) == [24]
     assert not any("ifnull(t.received_at, '') AS TEXT) FROM \"rare\" AS t WHERE t.id > ? " in sql for sql in ran)
+    for view in ("rare", "nulls"):  # what is shown to who may read the view only
+        page = client.get(f"/{view}?since=2026-11-27T23:30:00Z&after=3").json
+        assert page == {"messages": [], "next": f"/{view}?after=3&since=2026-11-27T23%3A30%3A00.000Z"}
     for view in ("nulls", "numbers", "texts"):
         assert client.get(f"/{view}?since=2026-11-27T12:00:00Z").status_code == 200, view
 

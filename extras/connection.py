@@ -136,8 +136,7 @@ class Connection(http1.Connection):
         environ["inlet.is_abandoned"] = self.is_abandoned
         environ["inlet.answer_later"] = self._answer_later
         if self.request.method != "POST":
-            environ["inlet.may_hold"], environ["inlet.has_closed"] = self._may_hold, self._has_closed
-            environ["inlet.held"] = self._held_by
+            environ["inlet.may_hold"], environ["inlet.held"] = self._may_hold, self._held_by
         if self.request.refusal:
             environ["inlet.refusal"] = self.request.refusal.status, self.request.refusal.detail
         return environ
@@ -150,14 +149,6 @@ class Connection(http1.Connection):
 
     def _may_hold(self) -> bool:
         return not self._server.is_stopping
-
-    def _has_closed(self) -> bool:
-        """Linux says so also where something is unread; elsewhere that hides it."""
-        if not self._is_open or not hasattr(select, "POLLRDHUP"):
-            return self.is_abandoned()
-        poller = select.poll()
-        poller.register(self._socket, select.POLLRDHUP)
-        return bool(poller.poll(0))
 
     def run(self, in_loop: bool = False) -> None:
         """Run the app, unless nobody waits for its answer any more. Any thread may call this."""
@@ -245,10 +236,14 @@ class Connection(http1.Connection):
         self._socket.close()
 
     def is_abandoned(self) -> bool:
-        """Has the client closed its side, and sent nothing more before that? Any thread may ask."""
+        """Has the client closed its side? Any thread may ask. Where this is not Linux, what is unread hides it."""
         try:
+            if hasattr(select, "POLLRDHUP"):
+                poller = select.poll()
+                poller.register(self._socket, select.POLLRDHUP)
+                return bool(poller.poll(0))
             return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
             return False
-        except OSError:  # closed here
+        except (OSError, ValueError):  # closed here
             return True

@@ -131,7 +131,7 @@ class Outcomes:
                 service.log.error("an answer of %s cannot be read: %s", entries[n].stream.name, rows)
             elif rows and isinstance(result, Stored):
                 kind = JSON if rows[0][1] else "text/plain; charset=utf-8"
-                answer = "200 OK", headers_of(result, kind), bytes.fromhex(rows[0][0])
+                answer = "200 OK", headers_of(result, kind), service.in_utf_8(bytes.fromhex(rows[0][0]))
                 results[n] = result._replace(answer=answer)
 
     def go_on(self, entry: Entry, part: Stored) -> None:

@@ -40,7 +40,7 @@ class Page:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         is_asked = "inlet.refusal" not in req.env and req.path == "/" and req.method in ("GET", "HEAD") and not req.auth
-        if is_asked and self._is_preferred(req):
+        if is_asked and self._is_preferred(req, resp):
             resp.complete, resp.data = True, self._content
             resp.set_headers(self._headers)
             known = req.get_header("If-None-Match", default="")
@@ -48,7 +48,7 @@ class Page:
                 resp.status = 304
 
     @staticmethod
-    def _is_preferred(req: falcon.Request) -> bool:
+    def _is_preferred(req: falcon.Request, resp: falcon.Response) -> bool:
         with suppress(Problem):  # the app says so, to who has a token
-            return preferred(req, JSON, "text/html") == "text/html"
+            return preferred(req, resp, JSON, "text/html") == "text/html"
         return False

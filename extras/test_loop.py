@@ -88,8 +88,10 @@ def test_readers_that_were_abandoned_by_their_clients_stop(server_with, open_sto
     slow_store(open_store, 4_000)
     server = server_with("--threads", "1")
     assert send(server.connect(), "GET", "/messages")[0] == 200
-    for _ in range(2):  # one alone would take READ_TIMEOUT_S
-        server.socket(b"GET /messages?slow=0 HTTP/1.1\r\n" + FROM_TESTER + b"\r\n").close()
+    for late in (b"", b"\r"):  # one alone would take READ_TIMEOUT_S
+        with server.socket(b"GET /messages?slow=0 HTTP/1.1\r\n" + FROM_TESTER + b"\r\n") as sock:
+            time.sleep(0.02)
+            sock.sendall(late)
     with within(10):
         assert send(server.connect(), "GET", "/messages")[0] == 200
 

@@ -196,7 +196,7 @@ def runs_of(store, path, posts):
     """When a held GET runs again while messages come, and its answer. This is what connection.py does."""
     app, runs, answers = client_of(store).app, [], []
     doors = {"inlet.arrived_at": time.monotonic(), "inlet.may_hold": lambda: True, "inlet.held": None}
-    doors |= {"inlet.has_closed": lambda: False, "inlet.is_abandoned": lambda: False}
+    doors |= {"inlet.is_abandoned": lambda: False}
 
     def run():
         where, _, query = path.partition("?")

@@ -22,7 +22,8 @@ PAUSE_S = 0.015  # between two looks; ten times as long as a look, if that is mo
 LONGEST_PAUSE_S = 0.2
 SCAN_S = 0.250  # between two looks at all that is held: whose time is over?
 AGAIN_S = 0.050  # a GET that was woken for nothing, because of its filter, is not woken sooner
-TIMES_AS_LONG = 10  # or than after so many times what it took
+TIMES_AS_LONG = 10  # or than after so many times what it took,
+SHARE_S = 0.002  # or than after this for each GET that is held, so that all of them cost a part of a core
 GONE_S = 1.0  # between two looks for clients that have gone
 
 LastIds = Mapping[str, int]  # by the folded names of tables
@@ -42,7 +43,7 @@ class Wait:
     seen: int
     began: float
     deadline: float
-    has_closed: Callable[[], bool]
+    is_abandoned: Callable[[], bool]
     is_again: bool
     not_before: float = 0.0
     run_again: Callable[[], None] = nothing
@@ -51,7 +52,7 @@ class Wait:
         """Hold the request, as soon as the app has returned."""
         now = time.monotonic()
         if self.is_again:
-            self.not_before = now + max(AGAIN_S, TIMES_AS_LONG * (now - self.began))
+            self.not_before = now + max(AGAIN_S, TIMES_AS_LONG * (now - self.began), SHARE_S * self.waits.count)
         environ["inlet.hold"] = self
 
     def held(self, run_again: Callable[[], None]) -> None:
@@ -73,7 +74,7 @@ class Waits:
         self._pause_s = PAUSE_S
         self._lock = threading.Lock()  # for what follows
         self._held: dict[frozenset[str], list[Wait]] = {}  # by the tables that they read
-        self._count = 0
+        self.count = 0
         self._watcher: threading.Thread | None = None
         self._may_hold: Callable[[], bool] = bool  # of the server
         self._last_ids: LastIds = {}
@@ -83,10 +84,10 @@ class Waits:
         """Return what can hold a GET, or None if it has to be answered. To be called before it reads."""
         now, deadline = time.monotonic(), environ.get("inlet.arrived_at", 0.0) + seconds
         may_hold = environ.get("inlet.may_hold")
-        if not may_hold or not may_hold() or now >= deadline or self._count >= MOST_HELD:
+        if not may_hold or not may_hold() or now >= deadline or self.count >= MOST_HELD:
             return None
-        has_closed, before = environ["inlet.has_closed"], environ["inlet.held"]
-        if has_closed():
+        is_abandoned, before = environ["inlet.is_abandoned"], environ["inlet.held"]
+        if is_abandoned():
             return None
         if now > self._looked_at + 2 * self._pause_s:  # nobody looks, or is late
             self._look()
@@ -95,12 +96,12 @@ class Waits:
             (table,) = stream.sources
             last_id = before.last_ids.get(table, 0)
             seen = last_id if last_id <= last_ids.get(table, 0) else 0  # else a backup was restored
-        return Wait(self, stream.sources, after, last_ids, seen, now, deadline, has_closed, bool(before))
+        return Wait(self, stream.sources, after, last_ids, seen, now, deadline, is_abandoned, bool(before))
 
     def add(self, wait: Wait) -> None:
         with self._lock:
             self._held.setdefault(wait.sources, []).append(wait)
-            self._count += 1
+            self.count += 1
             if wait.has_news(self._last_ids):
                 self._scan_at = 0.0
             if not self._watcher:
@@ -137,14 +138,14 @@ class Waits:
                         for wait in waits
                         if wait.deadline <= until
                         or (wait.not_before <= now and wait.has_news(self._last_ids))
-                        or (looks_for_gone and wait.has_closed())
+                        or (looks_for_gone and wait.is_abandoned())
                     }
                     self._held[sources] = [wait for wait in waits if wait not in woken]
                     due += woken
             self._scan_at = now + SCAN_S if looks_at_all else self._scan_at
             self._gone_at = now + GONE_S if looks_for_gone else self._gone_at
-            self._count -= len(due)
-            if not self._count:
+            self.count -= len(due)
+            if not self.count:
                 self._watcher = None
         for wait in due:
             run_safely(wait.run_again)

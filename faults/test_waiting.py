@@ -1,10 +1,11 @@
 """Crowds that wait for a message."""
 
 import contextlib
+import time
 
 from common import Server, database, timed, wait_until
 
-from test_service import AUTHORIZATION, send
+from test_service import AUTHORIZATION, send, stream_sql
 
 HEAD = "Host: a\r\nAuthorization: " + AUTHORIZATION["Authorization"] + "\r\n\r\n"
 
@@ -22,6 +23,31 @@ def test_beyond_a_thousand_and_for_who_has_gone_nothing_is_held(tmp_path):
     for sock in crowd:
         sock.close()
     wait_until(lambda: not is_answered_at_once(), "there is no room again")
+    assert server.end() == 0
+
+
+def test_a_thousand_that_nothing_fits_cost_the_senders_little(tmp_path):
+    """Each message wakes all of them."""
+    database(tmp_path, stream_sql("messages", ", n INTEGER AS (body ->> 'n')"))
+    server = Server(tmp_path)
+
+    def sent_in(seconds):
+        until, count = time.monotonic() + seconds, 0
+        with contextlib.closing(server.connect()) as connection:
+            while time.monotonic() < until:
+                assert send(connection, "POST", "/messages", "1")[0] == 201
+                count += 1
+        return count
+
+    sent_in(1)
+    alone = sent_in(3)
+    crowd = [server.socket(f"GET /messages?n=7&wait=60 HTTP/1.1\r\n{HEAD}".encode()) for _ in range(990)]
+    time.sleep(2)
+    beside = sent_in(3)
+    print(f"{alone} messages alone, {beside} beside 990 that wait")
+    assert beside > 0.4 * alone
+    for sock in crowd:
+        sock.close()
     assert server.end() == 0
 
 
