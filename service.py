@@ -411,9 +411,10 @@ def quoted(name: str) -> str:
 
 
 def in_backticks(sql: str) -> str:
-    """Return SQL with names in backticks, and not in double quotes: it fails where a name names nothing.
+    """Return SQL with names in backticks in place of double quotes, so that it fails where a name names nothing.
 
-    SQLite takes such a name in double quotes for a string: https://www.sqlite.org/quirks.html#dblquote
+    In double quotes, SQLite takes such a name for a string: https://www.sqlite.org/quirks.html#dblquote. The sentence of
+    a RAISE may be one.
     """
 
     def renamed(token: re.Match[str]) -> str:
@@ -709,7 +710,9 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
 
     try:
         db.set_authorizer(note)
-        db.execute(f"EXPLAIN SELECT * FROM {quoted(view.name)}")  # where no table clients is: no view can show a token
+        db.execute(
+            f"EXPLAIN SELECT * FROM {quoted(view.name)}"
+        )  # it fails if it reads clients, which is not in this db
     except sqlite3.Error as error:
         raise SetupError(f"{view}: {error}") from None
     finally:
@@ -718,11 +721,13 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
         return None
     columns = columns_of(db, view.name)
     has_ids = columns.keys() >= MESSAGE_COLUMNS.keys()
-    id_place = 0 if has_ids else list(columns).index("id") if "id" in columns else None
+    id_place = list(columns).index("id") if "id" in columns else None  # of a report; a feed has its id first
     of_message = {*MESSAGE_COLUMNS, "headers"} if has_ids else set()
     fields = {column.name: bool(column.has_type) for name, column in columns.items() if name not in of_message}
     has_headers = has_ids and "headers" in columns
-    stream = Stream(view.name, fields, False, has_ids, has_headers, id_place=id_place, sources=frozenset(read))
+    stream = Stream(
+        view.name, fields, False, has_ids, has_headers, id_place=0 if has_ids else id_place, sources=frozenset(read)
+    )
     require_route(view, columns, stream)
     return stream
 
@@ -1026,7 +1031,7 @@ class Store:
         except Undone as error:
             self._write_others_again(error)
         except (sqlite3.Error, OSError, MemoryError) as error:
-            # If the lock was not free in time, entries with a later deadline stay in the queue.
+            # A TimeoutError says that the lock was not free in time. Entries that can wait longer stay in the queue.
             until = time.monotonic() if isinstance(error, TimeoutError) else math.inf
             failed = self._group or [entry for entry in waiting if entry.deadline <= until]
             if failed:
@@ -1247,10 +1252,10 @@ class Store:
         return next(self.page(stream, message_id - 1, 1, {}, until=message_id, with_fields=with_fields), None)
 
     def id_before(self, stream: Stream, since: str, after: int, abandoned: Callable[[], bool]) -> int:
-        """Return the id, after or a later one, behind which a feed has only what came at a time or later.
+        """Return the largest id whose message came before a time, or `after` if that is larger.
 
-        It is found by bisection in the stream (that of a view, too), which needs no index, but that times grow with
-        ids. Raises Problem 503 like page().
+        It is found by bisection in the stream (for a view: in the stream that it reads), because times grow with ids.
+        So it needs no index. Raises Problem 503 like page().
         """
         began, tables = time.monotonic(), [each for each in self.schema.streams.values() if each.takes]
         read = [each for each in tables if each.sources <= stream.sources]
@@ -1994,7 +1999,8 @@ class Clients:
         if digest not in self._by_digest and time.monotonic() > self._missed_at + CLIENTS_RETRY_S:
             began = time.monotonic()
             self.read()  # it may be new
-            self._missed_at = time.monotonic() + 9 * (time.monotonic() - began)  # wrong tokens take a tenth of our time
+            taken_s = time.monotonic() - began
+            self._missed_at = time.monotonic() + 9 * taken_s  # so wrong tokens take a tenth of the time at most
         client = self._by_digest.get(digest)
         if client is None:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
