@@ -413,8 +413,8 @@ def quoted(name: str) -> str:
 def in_backticks(sql: str) -> str:
     """Return SQL with names in backticks in place of double quotes, so that it fails where a name names nothing.
 
-    In double quotes, SQLite takes such a name for a string: https://www.sqlite.org/quirks.html#dblquote. The sentence of
-    a RAISE may be one.
+    In double quotes, SQLite takes such a name for a string: https://www.sqlite.org/quirks.html#dblquote. The
+    sentence of a RAISE may be one.
     """
 
     def renamed(token: re.Match[str]) -> str:
@@ -710,9 +710,7 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
 
     try:
         db.set_authorizer(note)
-        db.execute(
-            f"EXPLAIN SELECT * FROM {quoted(view.name)}"
-        )  # it fails if it reads clients, which is not in this db
+        db.execute(f"EXPLAIN SELECT * FROM {quoted(view.name)}")  # there is no table clients here, so none may be read
     except sqlite3.Error as error:
         raise SetupError(f"{view}: {error}") from None
     finally:
@@ -721,13 +719,12 @@ def view_from(db: sqlite3.Connection, view: SchemaObject) -> Stream | None:
         return None
     columns = columns_of(db, view.name)
     has_ids = columns.keys() >= MESSAGE_COLUMNS.keys()
-    id_place = list(columns).index("id") if "id" in columns else None  # of a report; a feed has its id first
+    id_place = list(columns).index("id") if "id" in columns else None
     of_message = {*MESSAGE_COLUMNS, "headers"} if has_ids else set()
     fields = {column.name: bool(column.has_type) for name, column in columns.items() if name not in of_message}
     has_headers = has_ids and "headers" in columns
-    stream = Stream(
-        view.name, fields, False, has_ids, has_headers, id_place=0 if has_ids else id_place, sources=frozenset(read)
-    )
+    id_place = 0 if has_ids else id_place  # a page of a feed has its id first, whatever the view has
+    stream = Stream(view.name, fields, False, has_ids, has_headers, id_place=id_place, sources=frozenset(read))
     require_route(view, columns, stream)
     return stream
 
