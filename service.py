@@ -18,7 +18,7 @@ ROUTES
     GET  /{stream}/{id}  one message; /{stream}/{id}/body is its body alone
     GET  /{view}         the same for a view with the message columns; {"rows": […]} for any other view
     GET  /               the streams and views that this client may use, and the version
-    GET  /healthz        can a message be written now?  (needs no token)
+    GET  /healthz        can a message be written now?  (needs no token; /livez: does the process answer?)
 
 GUARANTEES
  1. 201 is sent after the COMMIT that holds the message has been synced to disk (WAL, synchronous=FULL).
@@ -188,6 +188,7 @@ def create_app(store: "Store", clients: "Clients") -> falcon.App:
     app.req_options.strip_url_path_trailing_slash = True
     app.add_route("/", RootResource(store))
     app.add_route("/healthz", HealthResource(store, clients))
+    app.add_route("/livez", LiveResource())
     if metrics := extra("metrics"):
         app.add_route("/metrics", metrics.MetricsResource(store))
     if openapi := extra("openapi"):
@@ -273,7 +274,7 @@ class LazyApplication:
                 self._process = os.getpid()
                 settings = parser().parse_args([])
                 store = Store(database_at(settings.database), read_schema(settings.schema))
-                store.open()
+                store.open(first_token())
                 self._app = create_app(store, Clients(store, settings.max_body, settings.cors))
             return self._app
         finally:
@@ -319,6 +320,26 @@ def setting(name: str, text: str) -> Any:
 def variable(name: str) -> str:
     """Return the environment variable of a setting."""
     return f"INLET_{name.upper().replace('-', '_')}"
+
+
+def secret_in(name: str) -> str:
+    """Return a secret from the environment, or from the file that NAME_FILE names; empty if there is none.
+
+    Raises SetupError if the file cannot be read.
+    """
+    path = os.environ.get(f"{name}_FILE", "")
+    try:
+        return (Path(path).read_text() if path else os.environ.get(name, "")).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{name}_FILE cannot be read: {error}") from None
+
+
+def first_token() -> str:
+    """Return what the owner wants as the token of `default` in a new database, or nothing; SetupError if it is none."""
+    token = secret_in("INLET_TOKEN")
+    if token and not re.fullmatch(r"[!-~]{16,}", token):
+        raise SetupError("INLET_TOKEN takes 16 visible ASCII characters or more")
+    return token
 
 
 # ==================== Problems: every refusal, as RFC 9457 has it ===================================
@@ -376,7 +397,8 @@ def storage_problem(error: Exception) -> Problem:
 # ==================== The schema, read into streams =================================================
 
 OLDEST_SQLITE = (3, 38, 0)  # the first with ->> built in
-RESERVED_NAMES = ("clients", "clients_version", "healthz", "metrics")
+WITHOUT_TOKEN = ("/healthz", "/livez")
+RESERVED_NAMES = ("clients", "clients_version", "healthz", "livez", "metrics")
 MESSAGE_COLUMNS = {
     "id": "INTEGER PRIMARY KEY",  # AUTOINCREMENT
     "received_at": "TEXT NOT NULL",
@@ -1402,6 +1424,9 @@ class Database:
     def __str__(self) -> str:
         return str(self.path)
 
+    def is_made(self) -> bool:
+        return file_size(self.path) > 0
+
     @contextlib.contextmanager
     def alone(self, new_schema: Schema | None = None) -> Iterator[sqlite3.Connection]:
         """Yield a connection while no other process writes.
@@ -1918,7 +1943,7 @@ class Client:
 
 
 class Clients:
-    """Falcon middleware: every path except /healthz needs a token or a signature, also a path that does not exist.
+    """Falcon middleware: every path but those WITHOUT_TOKEN needs a token or a signature, also one that does not exist.
 
     The clients table is kept in memory, so that a request costs no SQL for its token. Nothing that is said to somebody
     without a token or a valid signature depends on the path. cors: origins whose pages may use it, with commas.
@@ -1944,7 +1969,7 @@ class Clients:
         if is_preflight and req.env.get("HTTP_ORIGIN") in self.origins:
             resp.complete = True
             resp.set_header("Allow", "GET, HEAD, POST")
-        elif req.path != "/healthz":
+        elif req.path not in WITHOUT_TOKEN:
             req.context.client = self.authenticate(req.env)
             if not req.context.client:
                 self._verify(req)
@@ -2678,6 +2703,15 @@ class RootResource:
     on_head = on_get
 
 
+class LiveResource:
+    """/livez: this process answers. A full disk must not make an orchestrator kill it."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.media = {"alive": True}
+
+    on_head = on_get
+
+
 class HealthResource:
     """/healthz: alive is that this process answers; ready is that a message can be written now.
 
@@ -2749,12 +2783,13 @@ def serve(settings: argparse.Namespace, database: Database) -> None:
         listeners = listening_sockets(settings.listen)
     except (OSError, ValueError) as error:
         raise SetupError(f"cannot listen on {settings.listen}: {error}") from None
-    token = secrets.token_urlsafe(32)
+    given = first_token()
+    token = given or secrets.token_urlsafe(32)
     is_new = store.open(token)  # behind all that can fail: it is shown only now
     path = unix_path(settings.listen)
     url = settings.listen if path else f"http://{settings.listen.rpartition(':')[0]}:{listeners[0].getsockname()[1]}"
     print(f"Inlet {__version__} is listening on {url}", flush=True)
-    if is_new:
+    if is_new and not given:
         to = f"--unix-socket {path} http://localhost" if path else url
         to += f"{settings.prefix}/{next(iter(store.schema.streams))}"
         print(FIRST_STEPS.format(token=token, to=to), flush=True)
@@ -2829,7 +2864,7 @@ def run_loop(
     def lane_of(path: str, query: str) -> int:
         """Return which threads run a GET: probes wait for no reads, and plain pages not for slow ones."""
         name = f"{path.removeprefix(settings.prefix)}/".split("/")[1]
-        if name in ("healthz", "metrics"):
+        if name in ("healthz", "livez", "metrics"):
             return 0
         stream = store.schema.streams.get(name)
         is_plain = re.fullmatch(r"((after|limit|wait|fields|since)=[\w:.%-]*&?)*", query)
@@ -2855,7 +2890,7 @@ class Counted:
         self._may_read = threading.BoundedSemaphore(readers)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        reads = environ["REQUEST_METHOD"] in ("GET", "HEAD") and not environ["PATH_INFO"].startswith("/healthz")
+        reads = environ["REQUEST_METHOD"] in ("GET", "HEAD") and not environ["PATH_INFO"].startswith(WITHOUT_TOKEN)
         self._running.add(threading.get_ident())
         try:
             if reads and not self._may_read.acquire(blocking=False):
@@ -2964,6 +2999,8 @@ def main(arguments: list[str] | None = None) -> int:
                 serve(options, database)
             case ["client", *words]:
                 client_command(database, words, options)
+            case ["migrate"] if not database.is_made():
+                print("there is no database yet: the first start makes it")
             case ["migrate"]:
                 return needed("migrate", "the command migrate").run(database, read_schema(options.schema))
             case ["backup", path]:
@@ -2984,6 +3021,8 @@ def main(arguments: list[str] | None = None) -> int:
 def client_command(database: Database, words: list[str], options: argparse.Namespace) -> None:
     """List the clients, or add or remove one, whatever schema.sql looks like; SetupError if that makes no sense."""
     secret = ""
+    if words[:1] == ["add"] and not database.is_made():
+        Store(database, read_schema(options.schema)).open()  # without a client `default`
     with database.alone() as db:
         db.execute("BEGIN IMMEDIATE")
         make_clients(db)

@@ -2392,6 +2392,12 @@ def health(client):
     return answer.status_code
 
 
+def test_livez_is_200_as_long_as_the_process_answers(store, client):
+    assert client.simulate_get("/livez").json == {"alive": True}
+    with another_program_writes(store):
+        assert client.simulate_get("/livez").status_code == 200
+
+
 def test_healthz_tells_within_seconds_what_can_be_done(hurried, client, store, tmp_path):
     assert health(client) == 200
     database, away = store.database.path, tmp_path / "away"
@@ -2720,8 +2726,49 @@ def test_a_leaked_token_can_be_revoked_whatever_schema_sql_looks_like(schema, st
     assert rows(store, "SELECT name, token FROM clients") == [("other", service.digest_of(token.strip()))]
 
 
-@pytest.mark.parametrize("words", ["client add x", "client list", "client remove x", "migrate", "backup copy.db"])
-def test_only_serving_makes_a_database(words, one_line_error, tmp_path, monkeypatch):
+def test_the_first_token_is_the_one_that_the_owner_sets(tmp_path):
+    """From the environment or a file. Then nothing secret is printed."""
+    (tmp_path / "secret").write_text("a-token-from-a-file\n")
+    for folder, environ, token in (
+        ("one", {"INLET_TOKEN": " a-token-of-the-owner "}, "a-token-of-the-owner"),
+        ("two", {"INLET_TOKEN_FILE": str(tmp_path / "secret")}, "a-token-from-a-file"),
+    ):
+        (tmp_path / folder).mkdir()
+        for _ in range(2):  # what is made has its token, whatever is set later
+            with contextlib.closing(Process(tmp_path / folder, environ=environ)) as server:
+                assert send(server.connect(), "GET", "/", Authorization=f"Bearer {token}")[0] == 200
+                assert rows(server, "SELECT name FROM clients") == [("default",)]
+                assert server.terminate() == 0
+                assert token not in server.process.stdout.read() + server.log
+            environ = {"INLET_TOKEN": "another-token-later"}
+
+
+def test_a_first_token_that_is_none_ends_the_start(one_line_error, store, monkeypatch):
+    for name, value in (
+        ("INLET_TOKEN", "short"),
+        ("INLET_TOKEN", "a token with spaces in it"),
+        ("INLET_TOKEN_FILE", "nowhere"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert name in one_line_error()
+
+
+def test_clients_are_made_before_the_first_start(command, tmp_path, server_with):
+    """Then there is no client default."""
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    assert command("migrate") == (0, "there is no database yet: the first start makes it\n", "")
+    assert not (tmp_path / "inlet.db").exists()
+    status, token, _ = command("client", "add", "shop", "--can", "write:readings", "read")
+    assert status == 0
+    server = server_with()
+    assert send(server.connect(), "GET", "/", Authorization=f"Bearer {token.strip()}")[0] == 200
+    assert rows(server, "SELECT name FROM clients") == [("shop",)]
+    assert "first start" not in server.log
+
+
+@pytest.mark.parametrize("words", ["client list", "client remove x", "backup copy.db"])
+def test_only_serving_and_client_add_make_a_database(words, one_line_error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "schema.sql").write_text(SCHEMA)
     assert "there is no database" in one_line_error(*words.split())

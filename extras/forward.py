@@ -36,6 +36,7 @@ from service import (
     STOP_SIGNALS,
     SetupError,
     __version__,
+    secret_in,
     shown,
     sync_directory,
     unix_path,
@@ -308,11 +309,7 @@ def url_of(text: str) -> SplitResult:
 
 def given(name: str, what: str) -> str:
     """Return a token or secret from the environment, or the file that is named there; SetupError if there is none."""
-    path = os.environ.get(f"{name}_FILE", "")
-    try:
-        text = (Path(path).read_text() if path else os.environ.get(name, "")).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"{name}_FILE cannot be read: {error}") from None
+    text = secret_in(name)
     if not re.fullmatch(r"[!-~]+", text):
         raise SetupError(f"forward needs {name}, or {name}_FILE: {what}")
     return text

@@ -78,6 +78,7 @@ class OpenApiResource:
         client: Client = req.context.client
         paths: Json = {"/": {"get": operation("list", "What this client may use", {JSON: OBJECT})}}
         paths["/healthz"] = {"get": operation("health", "Can a message be written?", {JSON: OBJECT}) | {"security": []}}
+        paths["/livez"] = {"get": operation("live", "Does this process answer?", {JSON: OBJECT}) | {"security": []}}
         if service.extra("metrics") and "read" in client.grants:
             paths["/metrics"] = {"get": operation("metrics", "For Prometheus", {"text/plain": TEXT})}
         for name, stream in self._streams.items():

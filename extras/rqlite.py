@@ -247,9 +247,12 @@ class Cluster:
             except sqlite3.Error as error:
                 raise SetupError(f"{stream.name} cannot be used in {self}: {error}") from None
 
-    def _require_database(self) -> None:
+    def is_made(self) -> bool:
         sql = "SELECT 1 FROM sqlite_schema AS s WHERE s.name = 'clients'"
-        if not self.query(sql, (), "strong", time.monotonic() + BUSY_TIMEOUT_S):
+        return bool(self.query(sql, (), "strong", time.monotonic() + BUSY_TIMEOUT_S))
+
+    def _require_database(self) -> None:
+        if not self.is_made():
             raise SetupError(f"there is no database in {self}: the service makes it, by its first start")
 
     def _require_foreign_keys(self) -> None:

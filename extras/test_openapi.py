@@ -55,15 +55,24 @@ def test_a_client_sees_what_it_may_use_and_no_more(client, store):
     add_tester(store.database.path, "reader", "r", "read:counts read:messages")
     mine = client.get("/openapi.json").json
     assert list(mine["paths"]) == [
-        *("/", "/healthz", "/metrics", "/messages", "/messages/{id}", "/messages/{id}/body"),
+        *("/", "/healthz", "/livez", "/metrics", "/messages", "/messages/{id}", "/messages/{id}/body"),
         *("/readings", "/readings/{id}", "/readings/{id}/body", "/warm", "/warm/{id}", "/warm/{id}/body", "/counts"),
     ]
     assert {path: list(methods) for path, methods in paths("w").items()} == {
         "/": ["get"],
         "/healthz": ["get"],
+        "/livez": ["get"],
         "/readings": ["post"],
     }
-    assert list(paths("r")) == ["/", "/healthz", "/messages", "/messages/{id}", "/messages/{id}/body", "/counts"]
+    assert list(paths("r")) == [
+        "/",
+        "/healthz",
+        "/livez",
+        "/messages",
+        "/messages/{id}",
+        "/messages/{id}/body",
+        "/counts",
+    ]
     assert list(paths("r")["/messages"]) == ["get"]
     assert client.simulate_get("/openapi.json").status_code == 401
     names = [parameter["name"] for parameter in mine["paths"]["/readings"]["get"]["parameters"]]

@@ -134,6 +134,7 @@ ELSEWHERE = {
         test_healthz_
         test_posts_that_come_together_share_a_commit_and_never_hold_up_a_reader
         test_a_migration_waits_for_its_turn_and_if_it_is_killed_leaves_everything_as_it_was
+        test_the_first_token_is_the_one_that_the_owner_sets
         test_the_first_start_prints_a_curl_that_works_and_no_other_start_makes_a_client
         test_metrics_count_what_was_stored_and_refused
         test_a_restart_goes_on_with_the_next_id_whatever_was_deleted_and_is_read
