@@ -1746,8 +1746,10 @@ class Database:
         return None
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of its files, by the names of the metrics."""
-        return {"database_bytes": file_size(self.path), "wal_bytes": file_size(self._wal)}
+        """Return the bytes of its files, and those that are free on its disk, by the names of the metrics."""
+        disk = os.statvfs(self.path.parent)
+        sizes = {"database_bytes": file_size(self.path), "wal_bytes": file_size(self._wal)}
+        return sizes | {"disk_free_bytes": disk.f_bavail * disk.f_frsize}
 
     def copy_to(self, target: str) -> None:
         """Write a copy of what it is at this moment to a file."""
@@ -1833,6 +1835,7 @@ def sync_directory(path: Path) -> None:
 
 COMMIT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 GROUP_SIZES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000)
+COUNTED_CLIENTS = 1000  # whose refusals are counted; those of more are counted together
 
 
 class Histogram:
@@ -1854,6 +1857,7 @@ class Statistics:
     def __init__(self, streams: Iterable[str]):
         # By stream and status. Statuses that have an alert begin with 0.
         self.answers = Counter({(stream, status): 0 for stream in streams for status in (201, 503)})
+        self.refused: dict[str, Counter[int]] = {}  # by client and status
         self.commit_s, self.group_sizes = Histogram(COMMIT_S), Histogram(GROUP_SIZES)
         self._mutex = threading.Lock()
         self._slowest_s = 0.0  # COMMIT of this minute
@@ -1868,6 +1872,9 @@ class Statistics:
             self.answers[stream, status] += 1
             if status == 201 or status >= 400:
                 self._of_minute[status // 100] += 1
+            if status >= 400:
+                is_counted = client in self.refused or len(self.refused) < COUNTED_CLIENTS
+                self.refused.setdefault(client if is_counted else "others", Counter())[status] += 1
         if status >= 400:
             where = shown(path or f"/{stream}")
             level = logging.WARNING if status == 503 else logging.INFO

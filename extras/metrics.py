@@ -30,6 +30,11 @@ class MetricsResource:
         about = {"version": __version__, "sqlite": sqlite3.sqlite_version, "python": platform.python_version()}
         last_ids = {each.name: store.last_id(each) for each in store.schema.streams.values() if each.takes}
         answers = [({"stream": stream, "status": status}, n) for (stream, status), n in counts.answers.copy().items()]
+        refused = [
+            ({"client": client, "status": status}, n)
+            for client, counted in counts.refused.copy().items()
+            for status, n in counted.copy().items()
+        ]
         used = resource.getrusage(resource.RUSAGE_SELF)
         lines = [
             *family("inlet_build_info", "gauge", "The versions that run.", [(about, 1)]),
@@ -42,8 +47,11 @@ class MetricsResource:
             *family("inlet_waiting", "gauge", "Requests whose messages wait for a COMMIT.", [({}, len(store.queue))]),
         ]
         for name, size in store.database.sizes().items():
-            lines += family(f"inlet_{name}", "gauge", "The bytes of the database, or of its WAL.", [({}, size)])
+            lines += family(
+                f"inlet_{name}", "gauge", "Bytes: of the database, of its WAL, or free on its disk.", [({}, size)]
+            )
         lines += family("inlet_requests_total", "counter", "Requests that this process has answered.", answers)
+        lines += family("inlet_refused_total", "counter", "Requests of a client that were refused.", refused)
         lines += family(
             "inlet_commits_total", "counter", "COMMITs of this process.", [({}, sum(counts.commit_s.counts))]
         )
@@ -66,8 +74,12 @@ def family(name: str, kind: str, about: str, samples: Samples) -> Iterator[str]:
     yield f"# HELP {name} {about}"
     yield f"# TYPE {name} {kind}"
     for labels, value in samples:
-        pairs = ",".join(f'{label}="{text}"' for label, text in labels.items())
+        pairs = ",".join(f'{label}="{escaped(str(text))}"' for label, text in labels.items())
         yield f"{name}{{{pairs}}} {value}" if pairs else f"{name} {value}"
+
+
+def escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def histogram(name: str, about: str, seen: Histogram) -> Iterator[str]:

@@ -29,6 +29,8 @@ def test_metrics_count_what_was_stored_and_refused(client, store):
     counted = {"201": 2, "422": 1, "400": 1}
     for status, count in counted.items():
         assert after[f'inlet_requests_total{{stream="readings",status="{status}"}}'] == count
+    assert after['inlet_refused_total{client="tester",status="422"}'] == 1
+    assert after["inlet_disk_free_bytes"] > 0
     assert after["inlet_commits_total"] == after["inlet_commit_duration_seconds_count"] == 4
     assert after["inlet_messages_per_commit_sum"] == 5
     assert after['inlet_messages_per_commit_bucket{le="+Inf"}'] == 4
@@ -37,6 +39,17 @@ def test_metrics_count_what_was_stored_and_refused(client, store):
     assert after["inlet_waiting"] == 0
     assert abs(time.time() - after["process_start_time_seconds"]) < 3600
     assert after["process_resident_memory_bytes"] > 10_000_000
+
+
+def test_refusals_are_counted_by_client_and_of_a_thousand_at_most(client, store):
+    add_tester(store.database.path, 'a "b"\\\n', "odd", "read")
+    assert client.post("messages", "1", Authorization="Bearer odd").status_code == 403
+    assert metrics(client)['inlet_refused_total{client="a \\"b\\"\\\\\\n",status="403"}'] == 1
+    for n in range(2000):
+        store.statistics.answered("messages", 422, client=f"c{n}")
+    counted = {name: n for name, n in metrics(client).items() if name.startswith("inlet_refused_total")}
+    assert 1000 < len(counted) <= 1002
+    assert counted['inlet_refused_total{client="others",status="422"}'] > 990
 
 
 def test_metrics_can_be_read_while_the_database_cannot(client, store):

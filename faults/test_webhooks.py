@@ -355,6 +355,14 @@ def test_prometheus_scrapes_it_with_a_token_and_takes_the_rules(server, tmp_path
         eventually(lambda: value("up") == [1])
         eventually(lambda: 1 in value("inlet_messages_total"))
         assert value("inlet_build_info") == [1]
+        assert send(connection, "POST", "/messages", "no")[0] == 400
+        dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+        queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+        assert len(queries) > 10
+        for query in queries:
+            asked = query.replace("$instance", ".*").replace("$__rate_interval", "1m")
+            command = ["promtool", "query", "instant", f"http://127.0.0.1:{port}", asked]
+            eventually(lambda command=command: " => " in subprocess.check_output(command, text=True))
 
 
 def test_a_token_is_rotated_under_load_and_nobody_is_refused(server, tmp_path):
