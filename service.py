@@ -2868,6 +2868,9 @@ def run_loop(
         store.look_after()
         store.write()
 
+    def is_due() -> bool:
+        return bool(store.queue)
+
     def lane_of(path: str, query: str) -> int:
         """Return which threads run a GET: probes wait for no reads, and plain pages not for slow ones."""
         name = f"{path.removeprefix(settings.prefix)}/".split("/")[1]
@@ -2880,7 +2883,7 @@ def run_loop(
     lanes = 1, max(1, settings.threads // 2), max(1, settings.threads - settings.threads // 2)
     room, limit = max(BODIES_BYTES, 4 * settings.max_body), connection_limit(settings.threads)
     server = extra("loop").Server(
-        app, listeners, clients.admit, after_turn, lane_of, lanes, settings.prefix, room, limit
+        app, listeners, clients.admit, after_turn, is_due, lane_of, lanes, settings.prefix, room, limit
     )
     server.run(STOP_SIGNALS)
 

@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import hmac
 import json
+import random
 import selectors
 import socket
 import threading
@@ -30,6 +31,7 @@ import pytest
 
 import service
 from test_service import (
+    BATCH,
     CHUNKED,
     FROM_TESTER,
     GET,
@@ -43,6 +45,7 @@ from test_service import (
     another_process_has_its_turn,
     append,
     eventually,
+    in_threads,
     many_at_once,
     send,
     sending,
@@ -266,7 +269,7 @@ def test_a_turn_that_fails_leaves_the_loop_to_its_thread():
     def fail():
         raise RuntimeError
 
-    server = service.extra("loop").Server(None, [], None, fail, None, (1,), "", 0, 1)
+    server = service.extra("loop").Server(None, [], None, fail, bool, None, (1,), "", 0, 1)
     server._loop_thread = threading.get_ident()
     with pytest.raises(RuntimeError):
         server._turn()
@@ -280,7 +283,7 @@ def test_a_turn_that_fails_leaves_the_loop_to_its_thread():
 ])  # fmt: skip
 def test_what_may_take_long_to_check_is_not_run_in_the_loop(size, headers, is_slow):
     """A signature over 1 MB, tried with 100 secrets, took 63 ms; 1 KB of gzip with a million brackets 500 ms."""
-    server = service.extra("loop").Server(None, [], None, None, None, (1,), "", 0, 1)
+    server = service.extra("loop").Server(None, [], None, None, bool, None, (1,), "", 0, 1)
     slow = []
     server._run_slow_post = slow.append
     request = service.extra("http1").Request()
@@ -358,10 +361,31 @@ def test_slow_reads_hold_up_no_others(path, query, lane, store, monkeypatch):
         lambda *arguments: given.update(all=arguments) or types.SimpleNamespace(run=print),
     )
     service.run_loop(None, [], service.parser().parse_args([]), store, service.Clients(store, 10))
-    lane_of, lanes = given["all"][4:6]
+    lane_of, lanes = given["all"][5:7]
     assert lane_of(path, query) == lane
     assert len(lanes) == 3
     assert sum(lanes) == 1 + 8
+
+
+def test_an_idle_server_never_sleeps_while_something_is_to_be_written(server):
+    """Large messages that come at the same moment, and the portions of a lenient batch, waited for a second."""
+    took, large = [], '"' + "x" * 20_000 + '"'
+
+    def post(_):
+        with contextlib.closing(server.connect()) as connection:
+            for _ in range(60):
+                time.sleep(random.uniform(0, 0.004))
+                began = time.monotonic()
+                assert send(connection, "POST", "/messages", large)[0] == 201
+                took.append(time.monotonic() - began)
+
+    with in_threads(post, 3):
+        pass
+    assert len(took) == 180
+    assert sum(each > 0.5 for each in took) == 0
+    with contextlib.closing(server.connect()) as connection, within(5):
+        answer = send(connection, "POST", "/messages", "1\n" * 7500, **BATCH, Prefer="handling=lenient")
+        assert json.loads(answer[2])["count"] == 7500
 
 
 def test_a_large_signed_message_gets_its_answer(server, command, store):

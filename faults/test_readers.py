@@ -67,7 +67,8 @@ def followed(server, folder, command, wanted):
 
 def test_curl_and_jq(server, tmp_path):
     file = tmp_path / "readings.ndjson"
-    for cut, count in ((0, FIRST), (1, FIRST + THEN), (30, FIRST + 2 * THEN)):  # bytes that a crash has cut
+    # Bytes that a crash has cut, and how many there are at the start. The last run begins behind a deep message.
+    for cut, count in ((0, FIRST), (1, FIRST + THEN), (30, FIRST + 2 * THEN), (0, FIRST + 3 * THEN + 1)):
         if cut:
             file.write_text(file.read_text()[:-cut])
         environ = os.environ | {"BASE": server.url, "TOKEN": TOKEN}
@@ -77,8 +78,11 @@ def test_curl_and_jq(server, tmp_path):
             wait_until(lambda wanted=count: file.is_file() and file.read_text().count("\n") == wanted, "it is stuck")
             fill(server, count, THEN)  # while it waits
             wait_until(lambda wanted=count + THEN: file.read_text().count("\n") == wanted, "it does not follow")
+            if cut == 30:  # the last one is nested deeper than jq and many others can read
+                assert send(server.connect(), "POST", "/readings", "[" * 500 + "]" * 500)[0] == 201
+                wait_until(lambda wanted=count + THEN + 1: file.read_text().count("\n") == wanted, "deep")
             os.killpg(sh.pid, signal.SIGKILL)
-        lines = file.read_text().splitlines()
+        lines = file.read_text().splitlines()[: count + THEN]
         assert [json.loads(line)["id"] for line in lines] == list(range(1, count + THEN + 1))
         assert '"value":  100.50, "n": 9007199254740993}' in lines[100]
 
@@ -98,9 +102,14 @@ def test_a_program_follows(language, server, tmp_path):
 
 
 def test_pandas(server, tmp_path):
+    assert (
+        send(server.connect(), "POST", "/readings", f'{{"value": {FIRST}.5, "n": {"1" * 5000}, "a": "\\ud800"}}')[0]
+        == 201
+    )
     rows = list(csv.DictReader(io.StringIO(ran(server, tmp_path, sys.executable, RECIPES / "frame.py", "readings"))))
-    assert [int(row["id"]) for row in rows] == list(range(1, FIRST + 1))
-    assert [float(row["body.value"]) for row in rows] == [n + 0.5 for n in range(FIRST)]
+    assert [int(row["id"]) for row in rows] == list(range(1, FIRST + 2))
+    assert [float(row["body.value"]) for row in rows] == [n + 0.5 for n in range(FIRST + 1)]
+    assert rows[-1]["body.n"] == "1" * 5000
 
 
 def test_dlt(server, tmp_path):

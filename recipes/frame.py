@@ -1,4 +1,7 @@
-"""Into pandas: python frame.py readings. BASE is the address of the service, and TOKEN may read."""
+"""Into pandas: python frame.py readings. BASE is the address of the service, and TOKEN may read.
+
+Where some rows lack a member, pandas makes floats of its whole numbers: those above 2^53 are rounded.
+"""
 
 import json
 import os
@@ -24,4 +27,6 @@ def whole(url, token):
 
 
 if __name__ == "__main__":
+    sys.set_int_max_str_digits(0)  # a number in a message may have more than 4,300 digits
+    sys.stdout.reconfigure(errors="backslashreplace")  # and a text half of a surrogate pair
     print(whole(f"{os.environ['BASE']}/{sys.argv[1]}", os.environ["TOKEN"]).to_csv(index=False), end="")

@@ -53,6 +53,7 @@ def serve_with_inlet(app):
         serve_with_older_inlet(app, service)
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, service.STOP_SIGNALS)
+    newer = {"is_due": lambda: False} if "is_due" in inspect.signature(service.extra("loop").Server).parameters else {}
     server = service.extra("loop").Server(
         app,
         service.listening_sockets(LISTEN),
@@ -63,6 +64,7 @@ def serve_with_inlet(app):
         prefix="",
         room=64 * 1024 * 1024,
         most_connections=4096,
+        **newer,
     )
     server.run(service.STOP_SIGNALS)
 
