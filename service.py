@@ -145,10 +145,12 @@ class LineLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         self.tell()
+        kind, text, now = record.msg, record.getMessage(), time.monotonic()
+        if not text.isprintable():  # SQLite's words can have what a client has sent
+            record.msg, record.args = repr(text), ()
         if record.levelno < logging.CRITICAL:
-            self._lines[record.msg] += 1
-            return self._lines[record.msg] <= LINES_A_SECOND
-        text, now = record.getMessage(), time.monotonic()
+            self._lines[kind] += 1
+            return self._lines[kind] <= LINES_A_SECOND
         if now < self._told.get(text, now):
             return False
         self._told[text] = now + 60
@@ -2155,8 +2157,8 @@ ACCEPTED_TYPES = [JSON, "application/*+json", *NDJSON_TYPES]
 HEADERS = ("HTTP_", "CONTENT_TYPE", "CONTENT_LENGTH")  # what they begin with in WSGI
 # Such a header is never kept. Most that end with KEY are secrets: API_KEY, ACCESS_KEY, SUBSCRIPTION_KEY.
 SECRET_HEADER = re.compile(
-    "AUTH(?!OR)|AUTHORI|COOKIE|SIGNATURE|HMAC|TOKEN|SECRET|API_?KEY|PASS|JWT|OIDC|CREDENTIAL|SESSION|CERT|OTP|SIG$|SIGN$"
-    "|(?<!EVENT_)(?<!IDEMPOTENCY_)KEY$"
+    "AUTH(?!OR)|AUTHORI|BEARER|COOKIE|SIGNATURE|HMAC|TOKEN|SECRET|API_?KEY|PASS|JWT|OIDC|CREDENTIAL|SESSION|CERT|OTP"
+    "|ACCESS_CODE|SIGN?$|(?<![A-Z])SIGN?(?![A-Z])|(?<!EVENT_)(?<!IDEMPOTENCY_)KEYS?(?![A-Z])"
 )
 MOST_HEADERS = 1024 * 1024  # bytes in all rows of a batch
 MOST_MEMBERS = 100  # of a gzip body
@@ -2691,23 +2693,40 @@ class RootResource:
 
     def __init__(self, store: Store):
         self._store = store
+        self._lock = threading.Lock()  # for what follows
+        self._last_ids: dict[str, int | None] = {}  # of views
+        self._stale_at = 0.0
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         preferred(req, resp, JSON)
         streams: dict[str, dict[str, Any]] = {}
         views: dict[str, dict[str, Any]] = {}
-        deadline = time.monotonic() + LAST_ID_S  # for all, because plain pages wait for this
+        of_views = self._last_ids_of_views()
         for name, stream in self._store.schema.streams.items():
             actions = ("write", "read") if stream.takes else ("read",)
             can = [action for action in actions if req.context.client.can(action, stream)]
             if can:
                 found: dict[str, Any] = {"href": link(req, name), "can": can, "fields": list(stream.fields)}
                 if stream.has_ids:
-                    found["last_id"] = self._store.last_id(stream, deadline - time.monotonic())
+                    found["last_id"] = self._store.last_id(stream) if stream.takes else of_views[name]
                 (streams if stream.takes else views)[name] = found
         resp.media = {"service": "Inlet", "version": __version__, "streams": streams, "views": views}
 
     on_head = on_get
+
+    def _last_ids_of_views(self) -> dict[str, int | None]:
+        """Return them as they were a moment ago: this takes LAST_ID_S at most, and then rests for ten times as long."""
+        with self._lock:
+            began = time.monotonic()
+            if began > self._stale_at:
+                feeds = {name: each for name, each in self._store.schema.streams.items() if each.has_ids}
+                self._last_ids = {
+                    name: self._store.last_id(each, began + LAST_ID_S - time.monotonic())
+                    for name, each in feeds.items()
+                    if not each.takes
+                }
+                self._stale_at = time.monotonic() + 10 * (time.monotonic() - began)
+            return self._last_ids
 
 
 class LiveResource:

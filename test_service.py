@@ -1978,7 +1978,17 @@ def test_a_stream_with_headers_keeps_those_of_the_request(open_store):
             "X-Forwarded-Client-Cert",
             "X-Auth",
         ),
-        *("X-Passphrase", "X-Session-Id", "X-Credentials", "X-Sign", "X-Sms-Otp"),
+        *(
+            "X-Passphrase",
+            "X-Session-Id",
+            "X-Credentials",
+            "X-Sign",
+            "X-Sms-Otp",
+            "X-Keys",
+            "X-Key-1",
+            "X-Signing-Keys",
+        ),
+        *("X-Vault-Unwrap-Keys", "X-Sig-V2", "X-Webhook-Sign-V2", "X-Bearer", "X-Access-Code"),
         *("X-Amz-Firehose-Access-Key", "ApiKey", "X-Auth-Key", "Ocp-Apim-Subscription-Key", "X-Functions-Key"),
         "X-Hub-Signature-256",
         "Webhook-Signature",
@@ -1987,7 +1997,13 @@ def test_a_stream_with_headers_keeps_those_of_the_request(open_store):
         "X-Api-Key",
         "X-Hmac-Sha256",
     )
-    sent |= dict.fromkeys(secrets, TOKEN) | {"Content-Length": "1", "X-A": "1", "X-Event-Key": "repo:push"}
+    sent |= dict.fromkeys(secrets, TOKEN) | {
+        "Content-Length": "1",
+        "X-A": "1",
+        "X-Event-Key": "repo:push",
+        "X-Keywords": "a",
+        "X-Signal": "b",
+    }
     sent |= {"X-Author": "me", "Remote-Addr": "6.6.6.6", "Http-X-A": "7", "Server-Name": "a", "Idempotency-Key": "k"}
     client.post("messages", "1", **sent)
     client.post("messages", "1\n2", Ce_Type="t", **BATCH)
@@ -1997,6 +2013,8 @@ def test_a_stream_with_headers_keeps_those_of_the_request(open_store):
     kept |= {
         "x-author": "me",
         "x-event-key": "repo:push",
+        "x-keywords": "a",
+        "x-signal": "b",
         "remote-addr": "6.6.6.6",
         "http-x-a": "7",
         "server-name": "a",
@@ -2157,6 +2175,17 @@ def test_whatever_a_trigger_has_made_stops_nobody_who_reads(open_store):
         assert second["key"] == "a"
     for path, accept in (("/copies/1", "*/*"), ("/copies/1/body", "*/*"), ("/copies", "text/csv")):
         assert client.get(path, Accept=accept).status_code == 200, path
+
+
+def test_what_sql_says_of_a_message_is_one_line_in_the_log(open_store, caplog):
+    view = "CREATE VIEW odd AS SELECT json_extract(body, body ->> 'path') AS found FROM messages;"
+    client = client_of(open_store(stream_sql("messages") + view))
+    assert (
+        client.post("messages", json.dumps({"path": "x\n2026 inlet CRITICAL \x1b[31mall is lost"})).status_code == 201
+    )
+    assert client.get("/odd").status_code == 503
+    (line,) = [line for line in caplog.messages if "cannot be read" in line]
+    assert line.isprintable()
 
 
 def test_pages_are_csv_if_asked(open_store):

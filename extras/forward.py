@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import SplitResult, urlsplit
@@ -241,8 +242,9 @@ def messages(source: SplitResult, token: str, cursor: Cursor) -> Iterator[Messag
         try:
             page = peer.ask("GET", f"{source.path}?{query}", None, lambda: headers).decode()
             found = list(messages_in(page))
-            if any(message.id <= cursor.after for message in found):
-                raise ValueError("an id that was there before")
+            ids = [cursor.after, *(message.id for message in found)]
+            if any(later <= earlier for earlier, later in pairwise(ids)):
+                raise ValueError("ids that do not grow")
         except Refused as refusal:
             raise SetupError(f"{source.path} cannot be read: {refusal.status} {shown(str(refusal), 300)}") from None
         except (ValueError, LookupError, RecursionError) as error:

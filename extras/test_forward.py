@@ -169,6 +169,23 @@ def test_a_filter_of_the_source_holds_and_a_name_is_at_listen(source, target, tm
     assert (tmp_path / "other").is_file()
 
 
+def test_ids_that_do_not_grow_are_no_feed(target, tmp_path):
+    class Source(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            page = b'{"messages": [{"id": 9, "body": 9}, {"id": 3, "body": 3}], "next": "/x?after=3"}'
+            self.send_response(200)
+            self.send_header("Content-Length", len(page))
+            self.end_headers()
+            self.wfile.write(page)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Source) as source:
+        threading.Thread(target=source.serve_forever, daemon=True).start()
+        with forwarding(tmp_path, f"http://127.0.0.1:{source.server_port}/x", target.url) as process:
+            assert "does not answer with its feed" in "".join(process.stderr.readline() for _ in range(2))
+        source.shutdown()
+    assert target.came == []
+
+
 @pytest.mark.parametrize("page", [
     '[]', '{"messages": [{"body": 1}]}', '{"messages": [{[1]: 2}]}', '{"messages": [{{"a": 1}: 2}]}', '{"messages": [{"id": 1.5, "body": 1}]}',
     f'{{"messages": [{{"id": {"9" * 25}, "body": 1}}]}}', f'{{"messages": [{{"id": {"9" * 5000}, "body": 1}}]}}',
