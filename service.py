@@ -426,6 +426,8 @@ SQL_TOKEN = re.compile(
 
 def fold(name: str) -> str:
     """Return a name as SQLite compares it: only ASCII letters lose their case."""
+    if name.isascii():
+        return name.lower()
     return name.encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
 
 

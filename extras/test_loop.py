@@ -3,9 +3,6 @@
 All tests of test_service.py hold with both: .ci/run runs them a second time with INLET_SERVER=waitress. These do not:
 
     test_posts_that_come_together_…   waitress has 72 threads. If all wait for the lock, a GET waits, too.
-    test_clients_that_do_not_read_…   A thread of waitress waits for a client that does not take a large answer.
-    test_readers_that_were_abandoned  waitress does not tell that a client has gone, while its request is run.
-    test_it_ends_in_time_while_…      waitress reads nothing more at its end: what has not come whole gets no answer.
     test_what_is_not_http_…           waitress answers text/plain, and takes some of it: a Content-Length with a sign, two
                                       Hosts, chunk sizes with spaces. What is no request is not in our log.
     test_what_can_never_become_…      waitress waits for the end of the head, 120 s.
@@ -33,23 +30,16 @@ import service
 from test_service import (
     BATCH,
     CHUNKED,
-    FROM_TESTER,
     GET,
-    HERE,
     HOST,
     POST,
-    READING,
     TOKEN,
-    Process,
     add_tester,
     another_process_has_its_turn,
-    append,
     eventually,
     in_threads,
     many_at_once,
     send,
-    sending,
-    slow_store,
     within,
 )
 
@@ -65,55 +55,6 @@ def test_posts_that_come_together_share_a_commit_and_never_hold_up_a_reader(serv
     answers = [connection.getresponse() for connection in waiting]
     assert {answer.status for answer in answers} == {201}
     assert len({json.load(answer)["received_at"] for answer in answers}) <= 10
-
-
-def test_clients_that_do_not_read_and_idle_ones_stop_nobody(server_with, store):
-    """Large answers pile up for clients that never read; there is one thread for all that read."""
-    for size in [1_000_000] * 5 + [40_000_000]:
-        append(store, "messages", json.dumps("x" * size))
-    ask = b"GET /messages?after=%d HTTP/1.1\r\n" + FROM_TESTER + b"\r\n"
-    server = server_with("--threads", "1")
-    with contextlib.ExitStack() as stack:
-        sent = [ask % 5 * 2, ask % 0 * 4, *[b""] * 300]
-        large, deaf, *_ = [stack.enter_context(server.socket(data)) for data in sent]
-        for _ in range(10):
-            with within(3):
-                assert send(server.connect(), "GET", "/readings")[0] == 200
-                assert send(server.connect(), "POST", "/readings", READING)[0] == 201
-        for sock, left in ((deaf, 4 * 5_000_000), (large, 80_000_000)):  # and who reads at last gets everything
-            while left > 0:
-                data = sock.recv(2**20)
-                assert data
-                left -= len(data)
-
-
-def test_readers_that_were_abandoned_by_their_clients_stop(server_with, open_store):
-    slow_store(open_store, 4_000)
-    server = server_with("--threads", "1")
-    assert send(server.connect(), "GET", "/messages")[0] == 200
-    for late in (b"", b"\r"):  # one alone would take READ_TIMEOUT_S
-        with server.socket(b"GET /messages?slow=0 HTTP/1.1\r\n" + FROM_TESTER + b"\r\n") as sock:
-            time.sleep(0.02)
-            sock.sendall(late)
-    with within(10):
-        assert send(server.connect(), "GET", "/messages")[0] == 200
-
-
-class Impatient(Process):
-    """A server that waits for a second at its end."""
-
-    program = (
-        "-c",
-        f"import sys; sys.path[0] = {str(HERE)!r}; import service; service.extra('loop').DRAIN_S = 1; service.main()",
-    )
-
-
-def test_it_ends_in_time_while_bodies_stall_and_clients_go_on_sending(tmp_path, store):
-    with contextlib.closing(Impatient(tmp_path, "--schema", str(tmp_path / "schema.sql"))) as server:
-        stalled = server.socket(POST + b"Content-Length: 9\r\n\r\nhalf")
-        with stalled, sending(server, "1", count=8) as answers, within(10):
-            eventually(lambda: len(answers) > 50)
-            assert server.terminate() == 0
 
 
 @pytest.mark.parametrize(("request_", "status"), [
@@ -330,13 +271,6 @@ def test_a_reset_while_a_request_is_run_leaves_the_room_as_it_was():
     connection.answer_if_there()
     assert set(uploads.held.values()) == {0}
     theirs.close()
-
-
-def test_one_byte_holds_up_no_end(server):
-    with server.socket(b"G"), within(5):
-        assert send(server.connect(), "GET", "/healthz")[0] == 200
-        assert server.terminate() == 0
-        server.start()
 
 
 def test_a_connection_that_is_closed_while_it_goes_on_is_no_traceback(server):

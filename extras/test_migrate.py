@@ -2,28 +2,22 @@
 
 import json
 import re
-import subprocess
-import time
 
 import pytest
 
 import service
 from test_service import (
-    MANY,
     READING,
     READINGS,
     SCHEMA,
     X,
-    another_process_has_its_turn,
     append,
     change,
     client_of,
     eventually,
     reading,
     rows,
-    run,
     sending,
-    start,
     stream_sql,
 )
 
@@ -177,24 +171,6 @@ def test_migrate_works_beside_a_running_server(server, store, migrate):
         eventually(lambda: len(answers) > count + 50)
     assert {status for status, _ in answers} == {201}
     assert [row[0] for row in rows(store)] == [message_id for _, message_id in answers]
-
-
-def test_a_migration_waits_for_its_turn_and_if_it_is_killed_leaves_everything_as_it_was(store, tmp_path):
-    change(store, MANY.format(50_000, 1))
-    changed = SCHEMA.replace(stream_sql("messages"), stream_sql("messages", ", n INTEGER AS (body ->> 'n')"))
-    (tmp_path / "schema.sql").write_text(changed)
-    question = "SELECT count(*), max(id), sum({}) FROM messages"
-    with another_process_has_its_turn(store), start(tmp_path, "migrate") as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        process.kill()
-    for delay in (0.3, 0.4, 0.5):
-        with start(tmp_path, "migrate") as process:
-            time.sleep(delay)
-            process.kill()
-        assert rows(store, question.format("body ->> 'n'")) == [(50_000, 50_000, 1_250_025_000)]
-    assert run(tmp_path, "migrate").returncode == 0
-    assert rows(store, question.format("n")) == [(50_000, 50_000, 1_250_025_000)]
 
 
 def test_migrate_gives_a_stream_headers_and_old_messages_have_none(client, store, migrate):

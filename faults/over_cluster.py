@@ -133,7 +133,6 @@ ELSEWHERE = {
         test_metrics_can_be_read_while_the_database_cannot
         test_healthz_
         test_posts_that_come_together_share_a_commit_and_never_hold_up_a_reader
-        test_a_migration_waits_for_its_turn_and_if_it_is_killed_leaves_everything_as_it_was
         test_the_first_token_is_the_one_that_the_owner_sets
         test_the_first_start_prints_a_curl_that_works_and_no_other_start_makes_a_client
         test_metrics_count_what_was_stored_and_refused
@@ -152,12 +151,6 @@ ELSEWHERE = {
     "what is refused is kept by a request of its own": """
         test_a_stream_refused_that_is_full_costs_only_who_was_refused
         test_what_is_refused_is_kept_once_also_if_the_transaction_is_undone
-    """,
-    "rqlite takes seconds to read 40 MB": """
-        test_clients_that_do_not_read_and_idle_ones_stop_nobody
-    """,
-    "rqlite ends a query after a time, but not when its client has gone": """
-        test_readers_that_were_abandoned_by_their_clients_stop
     """,
     "the first SELECT * after a change of the schema can have the old number of columns in go-sqlite3": """
         test_migrate_keeps[what others refer to]
