@@ -139,6 +139,7 @@ ELSEWHERE = {
         test_a_restart_goes_on_with_the_next_id_whatever_was_deleted_and_is_read
         test_migrate_gives_a_stream_headers_and_old_messages_have_none
         test_it_ends_with_0_and_answers_what_is_in_flight
+        test_livez_is_200_as_long_as_the_process_answers
         test_a_backup_that_cannot_be_is_one_line[inlet.db-itself]
         test_since_reads_few_rows_and_says_when_it_takes_too_long
     """,
