@@ -453,6 +453,10 @@ def readme(language):
     return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
+def recipe(name):
+    return (HERE / "recipes" / name).read_text()
+
+
 # The extras
 
 
@@ -781,10 +785,11 @@ def test_the_schemas_in_schema_sql_and_readme_work(open_store, tmp_path):
         assert ("serial" if "serial" in more else "value") in str(refused.value)
 
 
-def test_the_recipes_in_readme_work(open_store):
-    example, _, recipes, _ = readme("sql")
+def test_the_recipes_work(open_store):
+    names = ("retention.sql", "no_member_twice.sql", "hours.sql", "alarms.sql", "github.sql")
+    recipes = "".join(map(recipe, names)).replace("1000000", "3")
     now = [NOW]
-    store = open_store(stream_sql("messages") + example + recipes.replace("1000000", "3"), clock=lambda: now[0])
+    store = open_store(stream_sql("messages") + readme("sql")[0] + recipes, clock=lambda: now[0])
     client = client_of(store)
     for n in range(6):
         client.post("messages", str(n))
@@ -800,6 +805,8 @@ def test_the_recipes_in_readme_work(open_store):
     assert "INDEX readings_received_at" in plan[3]
     assert client.get("/by_hour?hour=2026-11-30T10").json == {"rows": [{"hour": "2026-11-30T10", "count": 2}]}
     assert [message["body"]["value"] for message in client.get("/latest").json["messages"]] == [55]
+    twice = client.post("readings", '{"sensor": "a-17", "value": 5, "value": 1, "serial": 7}')
+    assert twice.json["detail"] == "a member comes twice"
     for when in ("hour=2026-11-30T10", "day=2026-11-30"):
         assert len(client.get(f"/alarms?{when}").json["messages"]) == 1
     add_tester(store.database.path, "sensor", "s", "write:readings")
@@ -2800,11 +2807,11 @@ def test_only_serving_and_client_add_make_a_database(words, one_line_error, tmp_
     assert list(tmp_path.iterdir()) == [tmp_path / "schema.sql"]
 
 
-# README
+# The program in recipes/
 
 
-def test_the_consumer_and_the_sender_in_readme_work(server):
-    exec("".join(readme("python")), names := {})
+def test_the_consumer_and_the_sender_in_python_work(server):
+    exec(recipe("client.py"), names := {})
     sent = [names["send"](f"{server.url}/messages", TOKEN, {"n": n}) for n in range(3)]
     seen, url = [], f"{server.url}/messages?limit=2"
     for _ in range(3):  # each time from the URL that was kept
@@ -2831,12 +2838,12 @@ class Trouble(http.server.BaseHTTPRequestHandler):
     do_POST = do_GET
 
 
-def test_the_consumer_and_the_sender_in_readme_outlast_all_that_can_pass():
+def test_the_consumer_and_the_sender_in_python_outlast_all_that_can_pass():
     trouble = [(503, {"Retry-After": 7}, b"{}"), (429, {"Retry-After": 9}, b"{}"), (408, {}, b"{}"), (0, {}, b"")]
     trouble += [(502, {}, b"<html>"), (200, {"Content-Length": 500}, b'{"id": 7, "mess')]
     page = b'{"messages": [{"id": 41, "body": %b}, {"id": 42, "body": 2}], "next": "/under/messages?after=42"}'
     page %= b"1" * 4301
-    exec("".join(readme("python")), names := {})
+    exec(recipe("client.py"), names := {})
     slept = []
     names["time"] = types.SimpleNamespace(sleep=slept.append)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Trouble) as server:

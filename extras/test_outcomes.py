@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import service
-from test_service import BATCH, TOKEN, change, client_of, readme, rows, stream_sql
+from test_service import BATCH, TOKEN, change, client_of, readme, recipe, rows, stream_sql
 
 # The column `answer`, lenient batches, and what is refused
 
@@ -216,7 +216,7 @@ ARRAYS = {
 
 
 def test_the_recipe_makes_a_row_of_each_element_of_an_array_once(open_store):
-    store = open_store(readme("sql")[3])
+    store = open_store(recipe("arrays.sql") + recipe("refused.sql"))
     client = client_of(store)
     for body, elements in ARRAYS.items():
         change(store, "DELETE FROM elements")
@@ -235,7 +235,9 @@ def test_the_recipe_makes_a_row_of_each_element_of_an_array_once(open_store):
 
 def test_the_recipe_tells_what_was_refused_yesterday(open_store):
     now = [service.utc_now()]
-    store = open_store(stream_sql("strict", STRICT_RULES) + readme("sql")[3], clock=lambda: now[0])
+    store = open_store(
+        stream_sql("strict", STRICT_RULES) + recipe("arrays.sql") + recipe("refused.sql"), clock=lambda: now[0]
+    )
     client = client_of(store)
     for days in (0, 1, 1, 2):
         at = datetime.now(UTC) - timedelta(days=days)

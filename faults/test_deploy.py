@@ -20,7 +20,7 @@ from common import SCHEMA, Server, database, sql, wait_until
 from deployed import BIN, DEPLOY, adapted, apache, free_port, granian, nginx, running, settings, uwsgi
 
 import service
-from test_service import AUTHORIZATION, DEADLINE_S, HERE, readme, run, send
+from test_service import AUTHORIZATION, DEADLINE_S, HERE, recipe, run, send
 
 SETTINGS = {service.variable(name) for name in service.SETTINGS}  # as environment variables
 
@@ -144,10 +144,8 @@ def test_nginx_in_front(upstream, tmp_path):
 
 
 def test_behind_nginx_the_log_and_source_ip_have_the_address_of_the_client_whatever_it_claims(tmp_path):
-    """README's recipe, and the line of a 401."""
-    recipe = next(text for text in readme("sql") if "source_ip" in text)
-    start = recipe.index("CREATE TABLE IF NOT EXISTS deliveries")
-    database(tmp_path, SCHEMA + recipe[start : recipe.index("CREATE VIEW pushes")])
+    """The recipe for GitHub, and the line of a 401."""
+    database(tmp_path, SCHEMA + recipe("github.sql").partition("CREATE VIEW pushes")[0])
     server = Server(tmp_path)
     claim = {"X-Forwarded-For": "203.0.113.66, 203.0.113.67", "Content-Type": "application/json"}
 

@@ -12,7 +12,8 @@ import threading
 import time
 
 import pytest
-from common import Server, database, wait_until
+from common import Server, database, sql, wait_until
+from deployed import free_port
 
 from test_service import BATCH, HERE, TOKEN, database_of, readme, run, send, stream_sql
 
@@ -99,6 +100,33 @@ def test_a_program_follows(language, server, tmp_path):
     assert [message["id"] for message in again] == list(range(FIRST - 4, FIRST + 3))
     if language == "go":
         assert seen[0]["body"]["n"] == 9007199254740993
+
+
+@pytest.mark.parametrize("language", ["node", "go"])
+def test_a_program_sends_each_line_once_though_the_service_is_killed(language, tmp_path):
+    database(tmp_path, stream_sql("readings"))
+    server = Server(tmp_path, "--listen", f"127.0.0.1:{free_port()}")
+    command = ["node", RECIPES / "send.mjs"]
+    if language == "go":
+        command = [tmp_path / "send"]
+        subprocess.run(["go", "build", "-o", command[0], RECIPES / "send.go"], check=True, timeout=120)
+    environ = os.environ | {"BASE": server.url, "TOKEN": TOKEN}
+    with subprocess.Popen(
+        [*command, "readings"], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as sender:
+        ids = []
+        for n in range(300):
+            sender.stdin.write(f'{{"n":  {n}}}\n')
+            sender.stdin.flush()
+            if n % 100 == 50:
+                server.kill()
+                server.start()
+            ids.append(int(sender.stdout.readline()))
+        sender.stdin.write("no JSON\n")
+        sender.stdin.close()
+        assert sender.wait(20) == 1
+    stored = sql(tmp_path / "inlet.db", "SELECT id, body FROM readings ORDER BY id")
+    assert stored == [(number, f'{{"n":  {n}}}') for n, number in enumerate(ids)]
 
 
 def test_pandas(server, tmp_path):
