@@ -48,7 +48,7 @@ class Scheme(NamedTuple):
         return secret.encode()
 
 
-# To add one: a row here, one in SIGNED of test_senders.py, and one in the table of README.
+# To add one: a row here, one in SIGNED of test_senders.py, and one in the table of deploy/senders/README.md.
 BASE64, HEX, SECONDS = base64.b64encode, binascii.hexlify, r"^(\d{1,18})$"
 SCHEMES = {
     # https://www.standardwebhooks.com

@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import service
-from test_service import BATCH, TOKEN, change, client_of, readme, recipe, rows, stream_sql
+from test_service import BATCH, TOKEN, change, client_of, recipe, rows, stream_sql
 
 # The column `answer`, lenient batches, and what is refused
 
@@ -251,8 +251,8 @@ def test_the_recipe_tells_what_was_refused_yesterday(open_store):
     assert client.get(f"/refused_by_day?day={found['day']}").json == {"rows": [found]}
 
 
-def test_the_column_answer_of_readme_answers_those_that_want_something(open_store):
-    column = readme("sql")[1].strip()
+def test_the_recipe_answers_those_that_want_something(open_store):
+    column = recipe("answer.sql")
     client = client_of(open_store(stream_sql("hooks", f", {column}")))
     for body, status, text in (
         ('{"token":"x","challenge":"3eZbrw1a","type":"url_verification"}', 200, "3eZbrw1a"),

@@ -375,7 +375,7 @@ def test_a_form_is_cheap_to_read_and_not_larger_as_json(client):
 
 
 def test_a_form_that_holds_json_can_be_filtered_by_what_is_in_it(open_store):
-    column = re.search("`(action TEXT AS .*?)`", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    column = re.search("`(action TEXT AS .*?)`", (HERE / "deploy" / "senders" / "README.md").read_text(), re.DOTALL)[1]
     client = client_of(open_store(stream_sql("deliveries", f", {column}")))
     for action in ("opened", "closed"):
         assert client.post("deliveries", f"payload=%7B%22action%22%3A+%22{action}%22%7D", **FORMED).status_code == 201

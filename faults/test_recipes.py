@@ -1,4 +1,4 @@
-"""What README tells people to do with several processes and with files, done for real."""
+"""What README and deploy/README.md tell people to do with several processes and with files, done for real."""
 
 import contextlib
 import http.client
@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -18,7 +20,7 @@ import pytest
 from common import Ledger, Server, database, seed, sql, wait_until
 from deployed import BIN, free_port, nginx, running
 
-from test_service import AUTHORIZATION, DEADLINE_S, HERE, copied, readme, run, send
+from test_service import AUTHORIZATION, DEADLINE_S, HERE, TOKEN, copied, run, send
 
 
 def test_two_processes_behind_one_nginx_restart_without_a_gap(tmp_path):
@@ -81,14 +83,59 @@ def test_a_backup_is_restored_as_readme_says(tmp_path):
             assert send(connection, "POST", "/messages", "2", Idempotency_Key="2")[1]["Idempotent-Replayed"] == "true"
 
 
-def commands_of_readme(words: str) -> str:
-    """The one line of README's commands that has these words in it."""
-    (line,) = (line for block in readme("sh") for line in block.splitlines() if words in line)
+OPERATING = (HERE / "deploy" / "README.md").read_text()
+
+
+def command_with(words: str) -> str:
+    """The one line of the commands in deploy/README.md that has these words in it."""
+    blocks = re.findall("```sh\n(.*?)```", OPERATING, re.DOTALL)
+    (line,) = (line for block in blocks for line in block.splitlines() if words in line)
     return line
 
 
+def test_the_first_hour(tmp_path):
+    """The commands of README as they stand there, with their answers. A number stands for any, and … for anything."""
+    text = (HERE / "README.md").read_text()
+    section = text[text.index("## The first hour") : text.index("## The schema is the API")]
+    table, transcript = re.findall(r"^```\w*\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    for name in ("service.py", "extras", "schema.sql"):
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copy
+        copy(HERE / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    with (tmp_path / "schema.sql").open("a") as file:
+        file.write(table)
+    server = Server(
+        tmp_path, "--schema", str(tmp_path / "schema.sql"), "--listen", f"127.0.0.1:{free_port()}", INLET_TOKEN=TOKEN
+    )
+    setting, *steps = re.split(r"^\$ ", transcript, flags=re.MULTILINE)[1:]
+    asked = 0
+    with subprocess.Popen(["bash"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as shell:
+
+        def done(command):
+            shell.stdin.write(f"{command}\necho; echo --done\n")
+            shell.stdin.flush()
+            return "".join(iter(shell.stdout.readline, "--done\n")).strip()
+
+        done(f"TOKEN={TOKEN}; {setting.replace('127.0.0.1:8080', server.address)}")
+        for step in steps:
+            command, _, answer = step.partition("\n")
+            found = done(command)
+            pattern = re.sub(r"\d+", r"\\d+", re.escape(answer.strip())).replace("…", ".*")
+            assert re.fullmatch(pattern, found), (command, found)
+            asked += bool(answer)
+            if "migrate" in command:
+                server.signal(signal.SIGTERM)
+                assert server.end() == 0
+                server.start()
+        shell.stdin.close()
+    assert asked >= 5
+    assert server.end() == 0
+
+
 def test_a_copy_for_datasette_has_no_client_and_no_secret_in_any_byte(tmp_path):
-    """The line of README as it stands there, with Datasette itself in place of uvx."""
+    """The line as it stands there, with Datasette itself in place of uvx."""
     path = database(tmp_path)
     assert run(tmp_path, "client", "add", "shop", "--signs", "github").returncode == 0
     sql(  # more of them, so that whole pages are free afterwards
@@ -100,7 +147,7 @@ def test_a_copy_for_datasette_has_no_client_and_no_secret_in_any_byte(tmp_path):
     digests = [digest for (digest,) in sql(path, "SELECT token FROM clients")]
     sql(path, "INSERT INTO messages (received_at, client, body) VALUES ('t', 'x', '\"seen\"')")
     server = Server(tmp_path)
-    line, uvx, _ = commands_of_readme("uvx datasette").partition(" && uvx datasette copy.db")
+    line, uvx, _ = command_with("uvx datasette").partition(" && uvx datasette copy.db")
     assert uvx
     # Debian's sqlite3 overwrites what it deletes; that of others does not.
     other, command = tmp_path / "sqlite3", shutil.which("sqlite3")
@@ -133,8 +180,8 @@ def test_a_copy_for_datasette_has_no_client_and_no_secret_in_any_byte(tmp_path):
 
 
 def test_VACUUM_under_flock_beside_the_service_loses_nothing_and_shrinks_the_file(tmp_path):
-    """The command of README as it stands there, three times, while messages come in."""
-    (command,) = set(re.findall("`(flock inlet.db-lock sqlite3 [^`]*)`", (HERE / "README.md").read_text()))
+    """The command as it stands there, three times, while messages come in."""
+    (command,) = set(re.findall("`(flock inlet.db-lock sqlite3 [^`]*)`", OPERATING))
     path = database(tmp_path)
     sql(
         path,
