@@ -9,8 +9,8 @@ Run it:    python service.py               (every flag: python service.py --help
 Embed it:  any WSGI server with threads, as service:application
 
 THE SCHEMA IS THE API.  schema.sql is the only file that an owner edits. A table in it with the five message
-columns (id, received_at, client, key, body) is a stream. The body is the message; what else a message
-has is generated from it. Constraints are the validation, triggers are the business logic.
+columns (id, received_at, client, key, body) is a stream. The body is the message; the columns behind
+it are generated from it. Constraints are the validation, triggers are the business logic.
 
 ROUTES
     POST /{stream}       take one message (application/json, or a form), or many, all or none (application/x-ndjson)
@@ -25,7 +25,7 @@ GUARANTEES
  2. The body is kept byte for byte. It is checked, but never written anew. (A form becomes JSON.)
  3. One Idempotency-Key of one client names at most one message or batch. A UNIQUE index decides, so a retry gets the
     first answer again, whatever threads, processes and crashes came between.
- 4. 4xx: nothing was stored; do not retry unchanged. 5xx or no answer: outcome unknown; retry with the key.
+ 4. 4xx: nothing was stored in the stream; do not retry unchanged. 5xx, no answer: outcome unknown; retry with the key.
  5. Ids grow in commit order and are never used again: who follows the feed's `next` misses no message.
 
 LIMITS
@@ -1859,7 +1859,7 @@ class Statistics:
     """Counts of this process."""
 
     def __init__(self, streams: Iterable[str]):
-        # By stream and status. Statuses that have an alert begin with 0.
+        # By stream and status. What has an alert is there from the start, with 0.
         self.answers = Counter({(stream, status): 0 for stream in streams for status in (201, 503)})
         self.refused: dict[str, Counter[int]] = {}  # by client and status
         self.commit_s, self.group_sizes = Histogram(COMMIT_S), Histogram(GROUP_SIZES)
@@ -1905,7 +1905,7 @@ class Statistics:
 
 
 def sent_by(environ: dict[str, Any], key: str | None = None) -> str:
-    """Return where a message comes from, and its key, for the log. Anybody can claim to be X-Forwarded-For."""
+    """Return where a message comes from, and its key, for the log. Any client can forge X-Forwarded-For."""
     claim = environ.get("HTTP_X_FORWARDED_FOR")
     claims = f", X-Forwarded-For claims {shown(claim)}" if claim else ""
     return f"from {environ.get('REMOTE_ADDR', '')}{claims}{f', key {shown(key)}' if key else ''}"
@@ -1936,7 +1936,7 @@ INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="inlet", error="invalid_token
 
 @dataclass(frozen=True)
 class Client:
-    """Somebody with a token. grants are write and read, for all streams or with :STREAM for one."""
+    """Somebody with a token, or who signs. grants are write and read, for all streams or with :STREAM for one."""
 
     name: str
     grants: frozenset[str]
@@ -1954,10 +1954,10 @@ class Client:
 
 
 class Clients:
-    """Falcon middleware: every path but those WITHOUT_TOKEN needs a token or a signature, also one that does not exist.
+    """Falcon middleware: a path needs a token or a signature, but those WITHOUT_TOKEN, the page and CORS preflights.
 
-    The clients table is kept in memory, so that a request costs no SQL for its token. Nothing that is said to somebody
-    without a token or a valid signature depends on the path. cors: origins whose pages may use it, with commas.
+    The clients table is kept in memory, so that a request costs no SQL for its token. A 401 is the same at each path,
+    also at one that does not exist. cors: origins whose pages may use it, with commas.
     """
 
     def __init__(self, store: Store, max_body: int, cors: str = ""):
@@ -2003,7 +2003,8 @@ class Clients:
             stream = resource.stream.name if isinstance(resource, ViewResource) else ""
             client = context.client.name if context.get("client") else ""
             by = sent_by(req.env, req.env.get("HTTP_IDEMPOTENCY_KEY"))
-            self._statistics.answered(stream, resp.status_code, context.get("detail") or "", req.path, client, by)
+            status = 201 if req.method == "POST" and resp.status_code == 200 else resp.status_code  # the column answer
+            self._statistics.answered(stream, status, context.get("detail") or "", req.path, client, by)
             self._statistics.tell()
             if not resp.get_header("Cache-Control"):
                 resp.set_headers(PRIVATE)
@@ -2202,7 +2203,7 @@ def json_texts(data: bytes, is_batch: bool) -> tuple[list[str], list[int]]:
 
 
 def numbered_lines(text: str) -> list[tuple[str, int]]:
-    """Return the lines of a batch and their numbers; Problem 413. Blank lines are left out, but counted."""
+    """Return the lines of a batch and their numbers; Problem 400 or 413. Blank lines are left out, but counted."""
     if text.count("\n") > LARGEST_BATCH:
         raise Problem(413, f"The batch has more than {LARGEST_BATCH} lines.", limit=LARGEST_BATCH)
     numbered = [
@@ -2743,8 +2744,8 @@ class LiveResource:
 class HealthResource:
     """/healthz: alive is that this process answers; ready is that a message can be written now.
 
-    The first request has a page written and synced, in a thread. Those that arrive until EVERY_S later get what that
-    has found. They wait for it at most until PATIENCE_S after it began.
+    The first request has a page written and synced, in a thread. Those that arrive within EVERY_S get its
+    result, too. They wait for it at most until PATIENCE_S after it began.
     """
 
     EVERY_S = 1.0
@@ -2871,7 +2872,7 @@ def listening_unix_socket(path: str) -> socket.socket:
 
 
 def connection_limit(threads: int) -> int:
-    """Return how many connections there may be. The process is allowed to open as many files as it can have."""
+    """Return how many connections there may be, and raise the limit of open files to the most that is allowed."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
@@ -2912,7 +2913,7 @@ def run_loop(
 class Counted:
     """An app for waitress that knows how many threads run it. readers: how many of them may answer a GET.
 
-    A thread of waitress has to wait for a client that takes a large answer slowly, or for its turn to read.
+    A thread of waitress is blocked while a slow client takes a large answer, or while it waits for its turn to read.
     """
 
     def __init__(self, app: falcon.App, readers: int):
@@ -3011,7 +3012,7 @@ def parser() -> argparse.ArgumentParser:
     signs = "client add: the sender signs its messages by this scheme (extras/senders.py); prints its secret"
     top.add_argument("--signs", metavar="SCHEME", help=signs)
     top.add_argument("--secret", metavar="-", choices="-", help="client add --signs: read the secret from stdin")
-    body = "client add: the same body is one message for ever, for a sender that can send no key"
+    body = "client add: the same body is one message, for a sender that can send no key"
     top.add_argument("--key", choices=["body"], help=body)
     top.add_argument("--replace", action="store_true", help="let backup replace a file")
     top.add_argument("--cursor", metavar="PATH", help="forward: the file that says how far it is; STREAM.cursor")

@@ -22,7 +22,8 @@ REFUSED = stream_sql("strict", STRICT_RULES) + stream_sql("refused", ", sender T
 
 
 def test_a_generated_column_answer_is_what_the_client_gets(open_store):
-    client = client_of(open_store(ANSWERED))
+    store = open_store(ANSWERED)
+    client = client_of(store)
     for body, content, kind in (
         ('{"event": "challenge", "challenge": "3eZ é"}', "3eZ é", "text/plain; charset=utf-8"),
         ('{"event": "challenge", "challenge": ""}', "", "text/plain; charset=utf-8"),
@@ -33,6 +34,7 @@ def test_a_generated_column_answer_is_what_the_client_gets(open_store):
             assert (answer.status_code, answer.text, answer.headers["Content-Type"]) == (200, content, kind)
             assert answer.headers.get("Idempotent-Replayed") == replayed
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert store.statistics.answers == {("hooks", 201): 6, ("hooks", 503): 0}  # as the server counts what it stores
     other = client.post("hooks", '{"event": "push"}')
     assert (other.status_code, other.json["id"]) == (201, 4)
     batch = client.post("hooks", '{"event": "challenge", "challenge": "x"}', **BATCH)

@@ -118,7 +118,7 @@ def test_the_first_hour(tmp_path):
             shell.stdin.flush()
             return "".join(iter(shell.stdout.readline, "--done\n")).strip()
 
-        done(f"TOKEN={TOKEN}; {setting.replace('127.0.0.1:8080', server.address)}")
+        done(setting.replace("127.0.0.1:8080", server.address).replace("hMlptk…", TOKEN))
         for step in steps:
             command, _, answer = step.partition("\n")
             found = done(command)
