@@ -145,12 +145,18 @@ class LineLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         self.tell()
-        kind, text, now = record.msg, record.getMessage(), time.monotonic()
+        if not self._is_wanted(record):
+            return False
+        text = record.getMessage()
         if not text.isprintable():  # SQLite's words can have what a client has sent
             record.msg, record.args = repr(text), ()
+        return True
+
+    def _is_wanted(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.CRITICAL:
-            self._lines[kind] += 1
-            return self._lines[kind] <= LINES_A_SECOND
+            self._lines[record.msg] += 1
+            return self._lines[record.msg] <= LINES_A_SECOND
+        text, now = record.getMessage(), time.monotonic()
         if now < self._told.get(text, now):
             return False
         self._told[text] = now + 60
@@ -2453,9 +2459,7 @@ def in_unicode(text: bytes | str | None) -> Any:
 
 def in_utf_8(body: bytes | str) -> bytes:
     """Return a body. Only a trigger can have made one that is not UTF-8, out of a lone surrogate: that is replaced."""
-    if isinstance(body, str):
-        return body.encode()
-    return body if body.isascii() else body.decode(errors="replace").encode()
+    return body if isinstance(body, bytes) and body.isascii() else in_unicode(body).encode()
 
 
 def object_of(names: Iterable[str], row: tuple) -> str:
@@ -2478,8 +2482,7 @@ def in_csv(stream: Stream, row: tuple) -> list[Any]:
     if not stream.has_ids:
         return list(row)
     fields = 5 + stream.has_headers
-    body = in_utf_8(row[4]).decode() if isinstance(row[4], bytes) else row[4]
-    return [*row[:4], *row[fields:], body, *row[5:fields]]
+    return [*row[:4], *row[fields:], in_unicode(row[4]), *row[5:fields]]
 
 
 def csv_line(values: Iterable[Any]) -> bytes:
@@ -2696,6 +2699,8 @@ class RootResource:
 
     def __init__(self, store: Store):
         self._store = store
+        streams = store.schema.streams
+        self._views = {name: each for name, each in streams.items() if each.has_ids and not each.takes}
         self._lock = threading.Lock()  # for what follows
         self._last_ids: dict[str, int | None] = {}  # of views
         self._stale_at = 0.0
@@ -2722,11 +2727,9 @@ class RootResource:
         with self._lock:
             began = time.monotonic()
             if began > self._stale_at:
-                feeds = {name: each for name, each in self._store.schema.streams.items() if each.has_ids}
                 self._last_ids = {
-                    name: self._store.last_id(each, began + LAST_ID_S - time.monotonic())
-                    for name, each in feeds.items()
-                    if not each.takes
+                    name: self._store.last_id(view, began + LAST_ID_S - time.monotonic())
+                    for name, view in self._views.items()
                 }
                 self._stale_at = time.monotonic() + 10 * (time.monotonic() - began)
             return self._last_ids
