@@ -55,6 +55,10 @@ def stream_sql(name: str, more: str = "") -> str:
     )
 
 
+NOBODY_CHECKS = stream_sql("messages").replace(
+    " CHECK (json_valid(body))", ", note TEXT DEFAULT 'CHECK (json_valid(body))'"
+)
+
 # Every kind of rule that can refuse a message, beside a stream that takes everything.
 READINGS = """,
     sensor TEXT NOT NULL AS (body ->> 'sensor') REFERENCES sensors (name),
@@ -1639,16 +1643,35 @@ def test_no_text_takes_long_to_read(text, store):
     assert answer.status_code == (201 if text.endswith("]]") else 400)
 
 
-def test_a_stream_of_random_bytes_is_never_an_internal_error(client):
+def test_random_bytes_are_refused_alike_by_sql_and_by_python(open_store):
+    """A stream without CHECK (json_valid(body)) leaves the check to Python."""
+    client = client_of(open_store(stream_sql("messages") + NOBODY_CHECKS.replace("messages", "loose")))
     alphabet = [*map(str.encode, '{}[],:"\\1- \n\0a'), b"e9", b"true", b"\xff", b"NaN"]
     chosen, statuses = random.Random(1), set()
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        for _ in range(3000):
-            data = b"".join(chosen.choices(alphabet, k=chosen.randint(0, 12)))
-            answer = client.post("messages", data, Content_Length=str(len(data)))
-            statuses.add(answer.status_code)
-            assert answer.status_code == 400 or db.execute("SELECT json_valid(?)", (data.decode(),)).fetchone() == (1,)
+    for _ in range(2000):
+        data = b"".join(chosen.choices(alphabet, k=chosen.randint(0, 12)))
+        sent = [client.post(stream, data, Content_Length=str(len(data))) for stream in ("messages", "loose")]
+        kinds = {(answer.status_code, answer.json.get("detail"), answer.json.get("column")) for answer in sent}
+        assert len(kinds) == 1
+        statuses.add(sent[0].status_code)
     assert statuses == {201, 400}
+
+
+def test_of_a_batch_the_line_that_is_no_json_is_told_whatever_rules_other_lines_break(client, store):
+    body = f"{READING}\n{{}}\n{reading(lot='A')}\nnul\n{reading(lot='A')}"
+    answer = client.post("readings", body, **BATCH, Idempotency_Key="k")
+    assert (answer.status_code, answer.json["line"], answer.json["column"]) == (400, 4, 1)
+    assert rows(store) == []
+
+
+def test_who_serves_takes_nothing_when_a_stream_no_longer_checks_json(client, store, caplog):
+    change(store, "DROP TABLE messages", NOBODY_CHECKS)
+    store.schema.path.write_text(store.schema.path.read_text().replace(stream_sql("messages"), NOBODY_CHECKS))
+    store._schema_look_at = 0  # a second later
+    assert client.post("messages", "nul").status_code == client.post("messages", "1").status_code == 503
+    assert "the stream messages no longer checks JSON: start the service again" in caplog.text
+    client = client_of(service.Store(store.database, service.read_schema(store.schema.path)))
+    assert [client.post("messages", body).status_code for body in ("nul", "1")] == [400, 201]
 
 
 CHUNKS = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}

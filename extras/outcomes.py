@@ -32,7 +32,7 @@ def lenient_lines(data: bytes) -> tuple[list[str], list[int], list[dict[str, Any
     Problem 413 if there are too many.
     """
     texts, numbers, refused = [], [], []
-    for line, number in service.numbered_lines(data.decode(errors="surrogateescape")):
+    for line, number in zip(*service.numbered_lines(data.decode(errors="surrogateescape")), strict=True):
         try:
             if not line.isascii() and re.search("[\udc80-\udcff]", line):
                 raise service.json_problem("it is not UTF-8", "", number)

@@ -200,6 +200,8 @@ class Recorder:
 class Cluster:
     """The nodes of a cluster. One node is asked, as long as it answers; a node forwards to the leader what it must."""
 
+    is_near = False
+
     def __init__(self, where: str):
         scheme, _, rest = where.partition("://")
         user, at, hosts = rest.rpartition("@")
@@ -621,7 +623,7 @@ def grouped(entries: list[Entry]) -> list[list[Entry]]:
 
 
 def rows_of(group: list[Entry], received_at: str) -> list[tuple]:
-    return [row for entry in group for row in service.rows_of(entry, received_at)]
+    return [row for entry in group for row in service.rows_of(entry, received_at, entry.bodies)]
 
 
 def insert_of(stream: Stream, rows: list[tuple]) -> list:
