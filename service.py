@@ -99,7 +99,7 @@ from urllib.parse import quote, urlencode
 import falcon
 from falcon.util.mediatypes import best_match
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 HERE = Path(__file__).absolute().parent
 log = logging.getLogger("inlet")
