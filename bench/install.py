@@ -25,7 +25,9 @@ def continue_in_venv(*tools):
         return
     if not (VENV / "bin" / "python").exists():
         run(sys.executable, "-m", "venv", VENV)
-    run(VENV / "bin" / "pip", "install", "-q", "-r", BENCH / "requirements.txt")
+    uv = shutil.which("uv")  # which takes seconds where pip can take minutes
+    command = [uv, "pip", "install", "--python", VENV / "bin" / "python"] if uv else [VENV / "bin" / "pip", "install"]
+    run(*command, "-q", "-r", BENCH / "requirements.txt")
     require_tools(*tools)
     os.execv(VENV / "bin" / "python", [str(VENV / "bin" / "python"), *sys.argv])
 
