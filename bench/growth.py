@@ -218,7 +218,7 @@ def targets(found):
         return figures[one]["median"] / figures[other]["median"]
 
     for batch in BATCHES:
-        yield f"batches of {batch:,}: Inlet / executemany", 0.6, ratio(over_http(batch), in_process(batch))
+        yield f"batches of {batch:,}: Inlet / executemany", 0.65, ratio(over_http(batch), in_process(batch))
     yield "1,000 idle connections / none", 0.85, ratio("64 busy, 1,000 idle", "64 busy")
     yield f"inserts at {found['rows']:,} rows / at none", 0.9, ratio("insert, large", "insert, small")
     yield "a page at the end / at the start of the feed", 0.9, ratio("page at the end", "page at the start")
