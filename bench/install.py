@@ -75,6 +75,15 @@ def rqlited():
     return BUILD / "rqlited"
 
 
+def everything():
+    """Builds all peers: `python3 bench/install.py`, so that run.py need not wait for it."""
+    node()
+    for source in ("go_tutorial", "go_shared", "pocketbase"):
+        go(source)
+    for binary in ("rust_tutorial", "rust_shared"):
+        rust(binary)
+
+
 def python_at(path):
     """(path, version) of a Python; ValueError if it is none."""
     show = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -94,3 +103,8 @@ def packages_for(version):
     command = (sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--target", folder, "--no-deps")
     run(*command, "--only-binary=:all:", "--python-version", version, *pins)
     return folder
+
+
+if __name__ == "__main__":
+    continue_in_venv()
+    everything()

@@ -93,7 +93,7 @@ def podman():
     base = Path(os.environ["INLET_BASE"])
     with tempfile.TemporaryDirectory(dir="/var/tmp", ignore_cleanup_errors=True) as folder:
         podman = Podman(Path(folder))
-        tree = subprocess.Popen(["tar", "-C", base, "--one-file-system", "--exclude=./clone", "--exclude=./proc/*", "-c", "."], stdout=subprocess.PIPE)  # fmt: skip
+        tree = subprocess.Popen(["tar", "-C", base, "--one-file-system", "--exclude=./clone", "--exclude=./corpus", "--exclude=./proc/*", "-c", "."], stdout=subprocess.PIPE)  # fmt: skip
         podman("import", "-q", "-", "localhost/python", stdin=tree.stdout)
         assert tree.wait() == 0
         podman.build("inlet")
