@@ -1118,9 +1118,9 @@ class Store:
                 is_migrated = False
             if not is_migrated:
                 raise sqlite3.DatabaseError("it differs from schema.sql: run migrate")
-            for name, stream in self.schema.streams.items():
-                if stream.checks_json and not migrated.streams.get(name, stream).checks_json:
-                    raise sqlite3.DatabaseError(f"the stream {name} no longer checks JSON: start the service again")
+            for key, made in self.schema.objects.items():
+                if made.checks_json and not migrated.objects.get(key, made).checks_json:
+                    raise sqlite3.DatabaseError(f"{made} no longer checks JSON: start the service again")
             log.warning(
                 "the database was migrated: start the service again, for the routes and sentences of schema.sql"
             )
@@ -1162,7 +1162,7 @@ class Store:
         if not entry.result:
             with contextlib.suppress(ValueError):  # it is being written
                 self.queue.remove(entry)
-            self._give(entry, storage_problem(error))
+            self._give(entry, malformed(entry) or storage_problem(error))
             self._tell_one()  # this one may have been told to write
 
     def _give(self, entry: Entry, result: Stored | Problem) -> None:
@@ -2078,6 +2078,9 @@ class Clients:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
         return client
 
+    def know(self, token: str) -> bool:
+        return not self.read() and digest_of(token) in self._by_digest
+
     def admit(self, environ: dict[str, Any]) -> tuple[int, bool]:
         """Return how many bytes the body of a POST may have, and whether it is known whose it is.
 
@@ -2208,7 +2211,8 @@ LARGEST_PAGE = 1000
 LONGEST_WAIT_S = 60
 
 # A string in a JSON text, or a bracket outside of strings. A string without an end goes to the end of the text.
-STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
+STRING = r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)'
+STRING_OR_BRACKET = re.compile(rf"{STRING}|[\[\]{{}}]", re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 DEPTH_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
@@ -2225,7 +2229,7 @@ def json_texts(data: bytes, is_batch: bool, by_rule: bool) -> tuple[list[str], l
     """Return a body as text; of a batch, its messages and the numbers of their lines. Problem 413; 400 if not JSON.
 
     by_rule: a CHECK (json_valid(body)) will refuse what is no JSON as RFC 8259 has it. It passes over what comes after
-    a NUL, and knows another MAX_DEPTH.
+    a NUL, and knows another MAX_DEPTH. What is large is checked here: to tell why it is refused would hold up others.
     """
     try:
         text = data.decode()
@@ -2234,7 +2238,7 @@ def json_texts(data: bytes, is_batch: bool, by_rule: bool) -> tuple[list[str], l
     texts, lines = numbered_lines(text) if is_batch else ([text], [1])
     by_rule = by_rule and b"\0" not in data
     for text, line in zip(texts, lines, strict=True):
-        if not by_rule or (len(text) > MAX_DEPTH and is_deep(text)):
+        if not by_rule or (len(text) > MAX_DEPTH and (len(text) > LARGE_TEXT or may_be_deep(text))):
             require_json(text, line)
     return texts, lines if is_batch else []
 
@@ -2253,12 +2257,15 @@ def numbered_lines(text: str) -> tuple[list[str], list[int]]:
 
 
 def malformed(entry: Entry) -> Problem | None:
-    """Return the refusal of an entry that was not inserted, if that is no JSON. A lenient batch has been checked."""
+    """Return the refusal of an entry that was not inserted, if the text that failed is no JSON. json_texts() has seen
+    those that are large.
+    """
     try:
-        for text, line in zip(entry.bodies, entry.lines or [1], strict=True):
-            if entry.refused is None:
-                require_json(text, line)
+        for text in entry.bodies[entry.ordinal - 1 : entry.ordinal]:
+            if len(text) <= LARGE_TEXT:
+                require_json(text, entry.lines[entry.ordinal - 1] if entry.lines else 1)
     except Problem as problem:
+        problem.__traceback__ = problem.__context__ = None  # they refer to the entry, which would stay in memory
         return problem
     return None
 
@@ -2281,7 +2288,8 @@ def require_json(text: str, first_line: int = 1) -> None:
     finally:
         if pauses:
             gc.enable()
-    refuse_depth(text, first_line)
+    if may_be_deep(text):
+        refuse_depth(text, first_line)
 
 
 def place_of_constant(text: str) -> int:
@@ -2295,7 +2303,8 @@ def place_of_constant(text: str) -> int:
 
 def refuse_depth(text: str, first_line: int) -> None:
     """Raise Problem 400 if a text has too many arrays and objects inside of each other."""
-    if not is_deep(text):
+    brackets = re.sub(STRING, "", text, flags=re.DOTALL).encode().translate(None, NOT_BRACKETS)
+    if max(accumulate(map(DEPTH_STEP.__getitem__, brackets)), default=0) <= MAX_DEPTH:
         return
     depth = 0
     for found in STRING_OR_BRACKET.finditer(text):
@@ -2304,13 +2313,8 @@ def refuse_depth(text: str, first_line: int) -> None:
             raise json_problem(f"it is nested more than {MAX_DEPTH} deep", text[: found.start()], first_line)
 
 
-def is_deep(text: str) -> bool:
-    """Has a JSON text more than MAX_DEPTH arrays and objects inside of each other?"""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
-    outside_of_strings = "".join(text.replace(r"\\", "").replace(r"\"", "").split('"')[::2])
-    brackets = outside_of_strings.encode().translate(None, NOT_BRACKETS)
-    return max(accumulate(map(DEPTH_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH
+def may_be_deep(text: str) -> bool:
+    return text.count("[") + text.count("{") > MAX_DEPTH
 
 
 def json_problem(reason: str, text_before: str, first_line: int = 1) -> Problem:
@@ -2875,6 +2879,10 @@ def serve(settings: argparse.Namespace, database: Database) -> None:
         to += f"{settings.prefix}/{next(iter(store.schema.streams))}"
         print(FIRST_STEPS.format(token=token, to=to), flush=True)
     clients = Clients(store, settings.max_body, settings.cors)
+    if given and not clients.know(given):
+        log.warning(
+            "INLET_TOKEN is no token here: it is taken only when the database is made (client add makes others)"
+        )
     app = create_app(store, clients)
     if has_loop and settings.server != "waitress":
         run_loop(app, listeners, settings, store, clients)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import gc
 import gzip
 import http.client
 import http.server
@@ -777,11 +778,14 @@ def test_a_stream_can_be_written_in_other_ways(sql, open_store):
 
 
 def test_the_schemas_in_schema_sql_and_readme_work(open_store, tmp_path):
+    """Also when somebody has changed schema.sql, as README says."""
     shipped, example = (HERE / "schema.sql").read_text(), readme("sql")[0]
-    commented = shipped[shipped.index("-- CREATE TABLE") : shipped.index("-- One stream")]
-    (tmp_path / "schema.sql").write_text(shipped + commented.replace("-- ", ""))
-    assert set(service.read_schema(tmp_path / "schema.sql").streams) == {"messages", "readings"}
-    store = open_store(shipped + example)
+    service.read_schema(HERE / "schema.sql")
+    own = shipped.index("-- One stream")
+    head, commented = shipped[:own], shipped[shipped.index("-- CREATE TABLE") : own]
+    (tmp_path / "schema.sql").write_text(head + commented.replace("-- ", ""))
+    assert set(service.read_schema(tmp_path / "schema.sql").streams) == {"readings"}
+    store = open_store(stream_sql("messages") + example)
     append(store, "readings", '{"sensor": "b-4", "value": 1, "serial": 12}')
     for more in ('"value": "12"', *[f'"value": 1, "serial": {n}' for n in ('"13"', "1.5", "12")]):
         with pytest.raises(service.Problem) as refused:
@@ -807,7 +811,7 @@ def test_the_recipes_work(open_store):
     assert kept == [days[2]] * 2 + [days[3]] * 2
     (plan,) = rows(store, "EXPLAIN QUERY PLAN SELECT id FROM readings WHERE received_at < '2026'")
     assert "INDEX readings_received_at" in plan[3]
-    assert client.get("/by_hour?hour=2026-11-30T10").json == {"rows": [{"hour": "2026-11-30T10", "count": 2}]}
+    assert client.get("/hours?hour=2026-11-30T10").json == {"rows": [{"hour": "2026-11-30T10", "count": 2}]}
     assert [message["body"]["value"] for message in client.get("/latest").json["messages"]] == [55]
     twice = client.post("readings", '{"sensor": "a-17", "value": 5, "value": 1, "serial": 7}')
     assert twice.json["detail"] == "a member comes twice"
@@ -1657,21 +1661,75 @@ def test_random_bytes_are_refused_alike_by_sql_and_by_python(open_store):
     assert statuses == {201, 400}
 
 
-def test_of_a_batch_the_line_that_is_no_json_is_told_whatever_rules_other_lines_break(client, store):
-    body = f"{READING}\n{{}}\n{reading(lot='A')}\nnul\n{reading(lot='A')}"
-    answer = client.post("readings", body, **BATCH, Idempotency_Key="k")
-    assert (answer.status_code, answer.json["line"], answer.json["column"]) == (400, 4, 1)
+@pytest.mark.parametrize(("lines", "status", "line"), [
+    ([READING, "nul", "{}"], 400, 2), ([READING, "{}", "nul"], 422, 2), ([READING, "", "{}", '"' + "x" * 20_000], 400, 4),
+    ([READING] * 600 + ['{"a": ' + "[" * 600 + "]" * 600 + "}"], 400, 601), ([READING] * 3 + ["[1]\0"], 400, 4),
+], ids=range(5))  # fmt: skip
+def test_of_a_batch_the_first_line_that_is_refused_is_told(lines, status, line, client, store):
+    """But what is large, deep, or has a NUL is seen before."""
+    answer = client.post("readings", "\n".join(lines), **BATCH, Idempotency_Key="k")
+    assert (answer.status_code, answer.json["line"]) == (status, line)
     assert rows(store) == []
 
 
-def test_who_serves_takes_nothing_when_a_stream_no_longer_checks_json(client, store, caplog):
-    change(store, "DROP TABLE messages", NOBODY_CHECKS)
-    store.schema.path.write_text(store.schema.path.read_text().replace(stream_sql("messages"), NOBODY_CHECKS))
+def test_what_is_no_json_is_told_so_also_when_nothing_can_be_written(client, store, monkeypatch):
+    """Or its sender would try again, for as long as a disk is full."""
+
+    def fail(deadline):
+        raise OSError("there is no disk")
+
+    monkeypatch.setattr(store.database, "transaction", fail)
+    assert [client.post("messages", body).status_code for body in ("nul", "1")] == [400, 503]
+
+
+def test_a_refusal_tells_no_large_text_apart_while_others_wait(client, store, monkeypatch):
+    """A client that sends only such texts, or a retry of one, would hold up everybody, in each process."""
+    large, small = json.dumps({"sensor": "a-17", "value": 1, "lot": "L", "pad": "x" * 20_000}), reading(lot="L")
+    assert client.post("readings", large, Idempotency_Key="k").status_code == 201
+    seen, require_json = [], service.require_json
+
+    def noted(text, *line):
+        seen.append((len(text), bool(store._group)))
+        return require_json(text, *line)
+
+    monkeypatch.setattr(service, "require_json", noted)
+    assert client.post("readings", large, Idempotency_Key="k").status_code == 201
+    assert [client.post("readings", body).status_code for body in (large, small, large[:-1], small[:-1])] == [
+        409,
+        409,
+        400,
+        400,
+    ]
+    assert [what for what in seen if what[1]] == [(len(small), True), (len(small) - 1, True)]
+
+
+def test_what_is_refused_does_not_stay_in_memory(store):
+    gc.collect()
+    gc.disable()
+    try:
+        for body in ("nul", "[1, 2", "NaN"):
+            store.queue.append(entry(store, "messages", body))
+        store.write()
+        assert not any(isinstance(each, service.Entry) for each in gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_an_entry_without_a_message_is_no_malformed_one(store):
+    assert service.malformed(service.Entry(store.schema.streams["messages"])) is None
+
+
+@pytest.mark.parametrize("name", ["messages", "Messages"])
+def test_who_serves_takes_nothing_when_a_stream_no_longer_checks_json(name, client, store, caplog):
+    without = NOBODY_CHECKS.replace("EXISTS messages", f"EXISTS {name}")
+    change(store, "DROP TABLE messages", without)
+    store.schema.path.write_text(store.schema.path.read_text().replace(stream_sql("messages"), without))
     store._schema_look_at = 0  # a second later
-    assert client.post("messages", "nul").status_code == client.post("messages", "1").status_code == 503
-    assert "the stream messages no longer checks JSON: start the service again" in caplog.text
+    assert [client.post("messages", body).status_code for body in ("nul", "1")] == [400, 503]
+    assert rows(store, "SELECT * FROM messages") == []
+    assert "no longer checks JSON: start the service again" in caplog.text
     client = client_of(service.Store(store.database, service.read_schema(store.schema.path)))
-    assert [client.post("messages", body).status_code for body in ("nul", "1")] == [400, 201]
+    assert [client.post(name, body).status_code for body in ("nul", "1")] == [400, 201]
 
 
 CHUNKS = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
@@ -2795,6 +2853,9 @@ def test_the_first_token_is_the_one_that_the_owner_sets(tmp_path):
                 assert rows(server, "SELECT name FROM clients") == [("default",)]
                 assert server.terminate() == 0
                 assert token not in server.process.stdout.read() + server.log
+                assert ("INLET_TOKEN is no token here" in server.log) == (
+                    "INLET_TOKEN" in environ and token not in environ["INLET_TOKEN"]
+                )
             environ = {"INLET_TOKEN": "another-token-later"}
 
 

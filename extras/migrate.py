@@ -46,9 +46,10 @@ def run(database: Database, schema: Schema) -> int:
             told = "inlet: nothing was changed, because old messages break new rules (change them or the rules):"
             print("\n".join([told, *broken]), file=sys.stderr)
             return 1  # and the connection, when it is closed, rolls back
-        if any(key in old and old[key].checks_json > made.checks_json for key, made in schema.objects.items()):
-            # Processes that serve have left it to the table. They look at the schema once a second, so they will see
-            # what has changed before their next message.
+        new = [made for key, made in schema.objects.items() if key not in old or old[key].words != made.words]
+        if any(made.name in schema.streams and not made.checks_json for made in new):
+            # Processes that serve may have left it to a table of this name. They look at the schema once a second, so
+            # they will see what has changed before their next message.
             time.sleep(1)
         db.execute("COMMIT")
         analyze(db)
@@ -60,7 +61,7 @@ def run(database: Database, schema: Schema) -> int:
         )
     )
     if changes:
-        print("now start the service again: until then it has the old routes and sentences")
+        print("a service that runs has the old routes and sentences: start it again")
     return 0
 
 

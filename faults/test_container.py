@@ -36,6 +36,9 @@ events_logger = "file"
 """
 
 
+COMMANDS = (DEPLOY / "README.md").read_text().splitlines()
+
+
 class Podman:
     """podman with everything that it keeps in one folder."""
 
@@ -61,7 +64,7 @@ class Podman:
 
     def shell(self, command: str, **options):
         """Runs a command of deploy/README.md, which says docker."""
-        assert command in (DEPLOY / "README.md").read_text().splitlines()
+        assert command in COMMANDS
         return self("-c", re.sub(r"\bdocker\b", "podman", command), program="sh", **options)
 
     def build(self, tag: str, folder: Path = HERE):
@@ -177,7 +180,16 @@ def test_the_image_has_what_it_needs_and_nothing_else(clean):
     podman(*inside, "python", "-c", "import pytest", status=1)
     podman(*inside, "sh", "-c", "touch /srv/inlet/x || exit 7", status=7)
     files = podman(*inside, "find", "/srv/inlet", "-mindepth", "1", "-maxdepth", "1", "-printf", "%f ").split()
-    assert sorted(files) == [".venv", "extras", "healthy.py", "requirements.txt", "schema.sql", "service.py"]
+    assert {*files} == {
+        ".venv",
+        "extras",
+        "healthy.py",
+        "restore.sh",
+        "start.sh",
+        "requirements.txt",
+        "schema.sql",
+        "service.py",
+    }
     assert "test_" not in podman(*inside, "ls", "extras")
     assert podman(*inside, "python", "service.py", "--version").startswith("Inlet ")
 
@@ -210,25 +222,42 @@ def test_a_volume_keeps_what_was_acknowledged_through_stops_an_upgrade_and_a_res
     before, table, after = schema.rpartition(body)
     (copy / "schema.sql").write_text(f"{before}{table},\n    n INTEGER AS (body ->> 'n'){after}")
     podman.build("inlet2", copy)
-    podman("rm", "-f", "inlet")
+    (migrate,) = (line for line in COMMANDS if line.endswith("service.py migrate"))
+    assert "messages has changed" in podman(*migrate.replace("inlet python", "inlet2 python").split()[1:])
+    assert keys_in(port) == kept  # the old container still serves
+    podman.shell("docker stop inlet && docker rm inlet")
     start(podman, port, "inlet2")
-    assert "messages has changed" in podman.log("inlet")
     assert keys_in(port) == kept
     assert len(request(port, "GET", "/messages?n=-1")[1]["messages"]) == 1
 
-    podman.shell("docker exec inlet python service.py backup /data/copy.db")
-    podman.shell("docker cp inlet:/data/copy.db .", cwd=tmp_path)
-    assert request(port, "POST", "/messages", body='{"n": -2}')[0] == 201
-    podman("stop", "inlet")
-    podman.shell(
-        "docker run --rm -i -v messages:/data inlet sh -c 'mkdir /data/before && mv /data/inlet.db* /data/before"
-        " && umask 077 && cat >/data/inlet.db' <copy.db",
-        cwd=tmp_path,
-    )
-    podman("start", "inlet")
-    eventually(lambda: is_ready(port))
-    assert keys_in(port) == kept
+    for volume in ("as it is", "as it is", "new"):
+        podman.shell("docker exec inlet python service.py backup --replace /data/copy.db")
+        podman.shell("docker cp inlet:/data/copy.db .", cwd=tmp_path)
+        assert request(port, "POST", "/messages", body='{"n": -2}')[0] == 201
+        podman.shell("docker stop inlet && docker rm inlet")
+        if volume == "new":
+            podman("volume", "rm", "messages")
+        podman.shell("docker run --rm -i -v messages:/data inlet sh restore.sh - /data/inlet.db <copy.db", cwd=tmp_path)
+        start(podman, port, "inlet2")
+        assert keys_in(port) == kept
     assert request(port, "POST", "/messages", other, '{"n": -3}')[0] == 201
+
+
+@pytest.mark.parametrize("delay_s", [0, 0.2, 0.4, 0.6])
+def test_it_ends_at_once_also_while_it_starts(delay_s, clean):
+    podman = clean
+    podman("run", "-d", "--name", "inlet", "inlet")
+    time.sleep(delay_s)
+    began = time.monotonic()
+    podman("stop", "inlet")
+    assert time.monotonic() - began < 5
+    assert podman("inspect", "inlet", "--format", "{{.State.ExitCode}}") in ("0", "143")
+
+
+def test_it_is_not_served_when_it_cannot_be_migrated(clean):
+    podman = clean
+    podman("run", "-d", "--name", "inlet", "-e", "INLET_SCHEMA=/nowhere", "inlet")
+    assert podman("wait", "inlet") == "2"
 
 
 @pytest.mark.parametrize("listen", ["unix:/data/inlet.sock", "[::1]:8080", "127.0.0.1:9000"])
@@ -256,6 +285,7 @@ def test_compose(clean, tmp_path):
     podman(*compose, "up", "-d", "--no-build", program="podman-compose", cwd=folder)
     eventually(lambda: is_ready(port))
     assert request(port, "POST", "/messages", body="1")[0] == 201
+    podman("exec", "inlet", "python", "healthy.py")
     podman(*compose, "down", program="podman-compose", cwd=folder)
     podman(*compose, "up", "-d", "--no-build", program="podman-compose", cwd=folder)
     eventually(lambda: is_ready(port))

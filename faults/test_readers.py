@@ -256,9 +256,10 @@ def test_a_job_that_is_done_cannot_be_claimed_and_attempts_never_collide(tmp_pat
     assert server.end() == 0
 
 
-def test_a_person_can_be_deleted(tmp_path):
+@pytest.mark.parametrize("more", ["", stream_sql("refused")])
+def test_a_person_can_be_deleted(more, tmp_path):
     """The recipe, while the service runs: nothing of the person is in a file after them."""
-    database(tmp_path, SCHEMA + stream_sql("refused"))
+    database(tmp_path, SCHEMA + more)
     server = Server(tmp_path)
     for n in range(200):
         body = f'{{"sensor": "{"Jane-Doe-4711" if n % 7 == 0 else "other"}", "value": {n}, "pad": "{"x" * 500}"}}'

@@ -70,11 +70,18 @@ def test_a_backup_is_restored_as_readme_says(tmp_path):
         with contextlib.closing(server.connect()) as connection:
             send(connection, "POST", "/messages", "3")
         server.kill()
-        (tmp_path / "away").mkdir()
-        for file in tmp_path.glob("inlet.db*"):
-            if not file.name.endswith("-lock"):
-                file.rename(tmp_path / "away" / file.name)
-        (tmp_path / "copy.db").rename(path)
+        restore = command_with("restore.sh copy.db").replace("deploy/", f"{HERE}/deploy/")
+        path.chmod(0o640)
+        subprocess.run(["sh", "-ec", restore], cwd=tmp_path, check=True, timeout=DEADLINE_S)
+        assert path.stat().st_mode & 0o777 == 0o640
+        (before,) = tmp_path.glob("inlet.db.before-*")
+        assert sql(before / "inlet.db", "SELECT count(*) FROM messages") == [(4,)]
+        for file in [*before.iterdir(), *tmp_path.glob("inlet.db*")]:  # a new disk, where nothing is
+            if file.is_file():
+                file.unlink()
+        before.rmdir()
+        subprocess.run(["sh", "-ec", restore], cwd=tmp_path, check=True, timeout=DEADLINE_S)
+        assert path.stat().st_mode & 0o777 == 0o600
         server.start()
         request = urllib.request.Request(f"{server.url}/messages", headers=AUTHORIZATION)
         with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:

@@ -1,10 +1,10 @@
--- What is old goes. Take one of the two.
+-- What is old goes. Take one of the two out.
 
 -- Keep the last million messages; each message deletes at most ten, or the first one in a large table would stop all others
 CREATE TRIGGER IF NOT EXISTS keep_a_million AFTER INSERT ON messages
 BEGIN DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE id <= NEW.id - 1000000 ORDER BY id LIMIT 10); END;
 
--- Keep 30 days; without the index, each message would scan the table
+-- Keep 30 days of the stream readings; without the index, each message would scan the table
 CREATE INDEX IF NOT EXISTS readings_received_at ON readings (received_at);
 CREATE TRIGGER IF NOT EXISTS keep_30_days AFTER INSERT ON readings
 BEGIN DELETE FROM readings WHERE id IN (SELECT id FROM readings
