@@ -1572,6 +1572,7 @@ class Database:
             return Stored(first, last, received_at, len(entry.bodies))
         except (sqlite3.Error, MemoryError) as error:
             entry.ordinal = len(entry.bodies) - length_hint(left)
+            error.__traceback__ = None  # it is a result: its frames would keep the entry in memory
             # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
             # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
             if not db.in_transaction:
@@ -1818,7 +1819,7 @@ def rows_or_error(db: sqlite3.Connection, sql: str, values: dict) -> list[tuple]
     try:
         return db.execute(sql, values).fetchall()
     except sqlite3.Error as error:
-        return error
+        return error.with_traceback(None)
 
 
 def identity(path: str | Path) -> list[int] | None:

@@ -1707,8 +1707,13 @@ def test_what_is_refused_does_not_stay_in_memory(store):
     gc.collect()
     gc.disable()
     try:
-        for body in ("nul", "[1, 2", "NaN"):
-            store.queue.append(entry(store, "messages", body))
+        for stream, body in (
+            ("messages", "nul"),
+            ("messages", "NaN"),
+            ("readings", "{}"),
+            ("readings", reading(lot="L")),
+        ):
+            store.queue.extend([entry(store, stream, body), entry(store, stream, body)])
         store.write()
         assert not any(isinstance(each, service.Entry) for each in gc.get_objects())
     finally:
