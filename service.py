@@ -505,7 +505,7 @@ class SchemaObject(NamedTuple):
 
     @property
     def unquoted(self) -> str:
-        """Its words without names and texts in quotes."""
+        """Its words, without quoted names and texts."""
         return " ".join(word for word in self.words if word[0] not in "'\"`[")
 
     @property
@@ -891,7 +891,7 @@ def nothing() -> None:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """What one request wants written into a stream: JSON texts, which have been checked if the stream does not do it.
+    """What one request wants written into a stream: JSON texts, of which the small ones may be checked by the stream.
 
     Without any, it only tests whether a write works. lines: the number of the line of each body, if it is a batch. key
     stands for all bodies. refused: None if all are stored or none; a list for a lenient batch, with its lines that are
@@ -911,7 +911,7 @@ class Entry:
     line: int = 0
     signed: bool = False  # then a known key gets its first answer, even with another body
     deadline: float = field(default_factory=lambda: time.monotonic() + BUSY_TIMEOUT_S)
-    ordinal: int = 1  # of the body that was inserted last
+    ordinal: int = 1  # of the body that was refused
     was_undone: bool = False  # another entry of its stream has failed, and has taken this one with it
     result: Stored | Problem | None = None
     changed: Callable[[], object] = nothing
@@ -1101,10 +1101,10 @@ class Store:
                 self._give(entry, result)
 
     def _require_schema(self, db: sqlite3.Connection) -> None:
-        """Once a second, raise DatabaseError if the database has got rules beside us with which it is not served.
+        """Once a second, raise DatabaseError if somebody has given the database rules with which it is not served.
 
         It may have those of this process, or, after a migrate, those that schema.sql has by now. But a stream to which
-        the check of JSON was left must still make it.
+        this process leaves the check of JSON must still have its CHECK.
         """
         opened = self.database.opened
         if time.monotonic() < self._schema_look_at and opened == self._schema_version[0]:
@@ -1332,7 +1332,7 @@ class Store:
 
 
 def rows_of(entry: Entry, received_at: str, bodies: Iterable[str]) -> Iterator[tuple]:
-    """Yield what is inserted for each message of an entry. All of it happens in C, which halves what a batch costs."""
+    """Yield what is inserted for each body. Without a key, all of it happens in C: that halves what a batch costs."""
     keys = repeat(None) if entry.key is None else map(entry.key_of, range(1, len(entry.bodies) + 1))
     return zip(repeat(received_at), repeat(entry.client), keys, bodies, *map(repeat, entry.headers), strict=False)
 
@@ -1445,7 +1445,7 @@ def locked(file: IO, deadline: float) -> Iterator[None]:
 class Database:
     """One SQLite file: a connection that writes, and a pool of connections that read and never wait for a writer.
 
-    is_near: a statement costs microseconds, and not a round through a cluster.
+    is_near: a statement costs microseconds, and not a round trip to a cluster.
     """
 
     is_near = True
@@ -2079,8 +2079,9 @@ class Clients:
             raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
         return client
 
-    def know(self, token: str) -> bool:
-        return not self.read() and digest_of(token) in self._by_digest
+    def lack(self, token: str) -> bool:
+        """Return True if no client has this token; False also if the clients cannot be read."""
+        return not self.read() and digest_of(token) not in self._by_digest
 
     def admit(self, environ: dict[str, Any]) -> tuple[int, bool]:
         """Return how many bytes the body of a POST may have, and whether it is known whose it is.
@@ -2229,8 +2230,9 @@ JSON_DECODER = json.JSONDecoder(parse_int=float, parse_constant=refuse_constant)
 def json_texts(data: bytes, is_batch: bool, by_rule: bool) -> tuple[list[str], list[int]]:
     """Return a body as text; of a batch, its messages and the numbers of their lines. Problem 413; 400 if not JSON.
 
-    by_rule: a CHECK (json_valid(body)) will refuse what is no JSON as RFC 8259 has it. It passes over what comes after
-    a NUL, and knows another MAX_DEPTH. What is large is checked here: to tell why it is refused would hold up others.
+    by_rule: a CHECK (json_valid(body)) will refuse what is not JSON as RFC 8259 has it. But that passes over what
+    follows a NUL, and allows more depth: such texts are checked here. So are large ones: to look for the error in them
+    during the transaction would hold up others.
     """
     try:
         text = data.decode()
@@ -2258,8 +2260,8 @@ def numbered_lines(text: str) -> tuple[list[str], list[int]]:
 
 
 def malformed(entry: Entry) -> Problem | None:
-    """Return the refusal of an entry that was not inserted, if the text that failed is no JSON. json_texts() has seen
-    those that are large.
+    """Return the refusal of an entry that was not inserted, if the text that failed is not JSON. json_texts() has
+    checked those that are large.
     """
     try:
         for text in entry.bodies[entry.ordinal - 1 : entry.ordinal]:
@@ -2880,9 +2882,9 @@ def serve(settings: argparse.Namespace, database: Database) -> None:
         to += f"{settings.prefix}/{next(iter(store.schema.streams))}"
         print(FIRST_STEPS.format(token=token, to=to), flush=True)
     clients = Clients(store, settings.max_body, settings.cors)
-    if given and not clients.know(given):
+    if given and clients.lack(given):
         log.warning(
-            "INLET_TOKEN is no token here: it is taken only when the database is made (client add makes others)"
+            "INLET_TOKEN is not a token of this database: it is used only when one is made (see: client add NAME)"
         )
     app = create_app(store, clients)
     if has_loop and settings.server != "waitress":

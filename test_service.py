@@ -2858,7 +2858,7 @@ def test_the_first_token_is_the_one_that_the_owner_sets(tmp_path):
                 assert rows(server, "SELECT name FROM clients") == [("default",)]
                 assert server.terminate() == 0
                 assert token not in server.process.stdout.read() + server.log
-                assert ("INLET_TOKEN is no token here" in server.log) == (
+                assert ("INLET_TOKEN is not a token of this database" in server.log) == (
                     "INLET_TOKEN" in environ and token not in environ["INLET_TOKEN"]
                 )
             environ = {"INLET_TOKEN": "another-token-later"}

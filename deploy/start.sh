@@ -1,6 +1,6 @@
 #!/bin/sh
-# What a container runs: migrate, then the service. The kernel drops a SIGTERM to process 1 until that has a handler, so
-# this shell stays process 1 and hands it on. So the container ends at once, also while it starts or migrates.
+# What a container runs: migrate, then the service. The kernel ignores SIGTERM for process 1 while that has no handler, and
+# Python has none during its start. So this shell is process 1, and passes the signal on.
 ended=
 trap 'ended=yes; kill -TERM "$!" 2>/dev/null' TERM INT
 python service.py migrate &

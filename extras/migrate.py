@@ -48,8 +48,8 @@ def run(database: Database, schema: Schema) -> int:
             return 1  # and the connection, when it is closed, rolls back
         new = [made for key, made in schema.objects.items() if key not in old or old[key].words != made.words]
         if any(made.name in schema.streams and not made.checks_json for made in new):
-            # Processes that serve may have left it to a table of this name. They look at the schema once a second, so
-            # they will see what has changed before their next message.
+            # A process that serves may leave the check of JSON to this table. It looks at the schema once a second:
+            # while the lock is held for so long, it looks before its next message.
             time.sleep(1)
         db.execute("COMMIT")
         analyze(db)
@@ -61,7 +61,7 @@ def run(database: Database, schema: Schema) -> int:
         )
     )
     if changes:
-        print("a service that runs has the old routes and sentences: start it again")
+        print("restart each service that runs now: until then it has the old routes and sentences")
     return 0
 
 

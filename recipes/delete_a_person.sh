@@ -7,4 +7,7 @@ delete="DELETE FROM readings WHERE sensor = '$person';"
 if sqlite3 inlet.db "SELECT 'there is' FROM sqlite_schema WHERE name = 'refused'" | grep -q .; then
     delete="$delete DELETE FROM refused WHERE instr(body, '$person');"
 fi
-flock inlet.db-lock sqlite3 inlet.db "PRAGMA secure_delete = ON; $delete PRAGMA wal_checkpoint(TRUNCATE);" >/dev/null
+flock inlet.db-lock sqlite3 inlet.db "PRAGMA secure_delete = ON; $delete" >/dev/null
+until flock inlet.db-lock sqlite3 inlet.db "PRAGMA wal_checkpoint(TRUNCATE)" | grep -q "^0|"; do
+    sleep 1 # a program reads: the old pages stay in the WAL until it has ended
+done

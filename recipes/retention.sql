@@ -1,4 +1,4 @@
--- What is old goes. Take one of the two out.
+-- Old messages are deleted. Keep the rule that you need, with the name of your stream.
 
 -- Keep the last million messages; each message deletes at most ten, or the first one in a large table would stop all others
 CREATE TRIGGER IF NOT EXISTS keep_a_million AFTER INSERT ON messages
