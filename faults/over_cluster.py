@@ -146,6 +146,11 @@ ELSEWHERE = {
     "its servers have extras that the cluster needs deleted": """
         test_without_extras_the_rest_is_as_before
     """,
+    "Python checks all JSON there, before the cluster sees it": """
+        test_of_a_batch_the_first_line_that_is_refused_is_told[1]
+        test_a_refusal_tells_no_large_text_apart_while_others_wait
+        test_a_process_that_serves_stores_no_nonsense_when_migrate_takes_the_check_of_json_away
+    """,
     "messages of one COMMIT can get their ids in another order": """
         test_what_fails_in_a_shared_commit_costs_only_itself
     """,

@@ -279,7 +279,8 @@ def unhealthy(podman):
 def test_compose(clean, tmp_path):
     podman, port, folder = clean, free_port(), tmp_path / "deploy"
     folder.mkdir()
-    adapted("compose.yaml", folder, ("127.0.0.1:8080:8080", f"127.0.0.1:{port}:8080"))
+    limits = ("nofile: 8192", "nofile: 8192\n      nproc: 1000")  # or podman would set one that is not allowed here
+    adapted("compose.yaml", folder, ("127.0.0.1:8080:8080", f"127.0.0.1:{port}:8080"), limits)
     (folder / "token").write_text(f"{TOKEN}\n")
     compose = ["-f", "compose.yaml"]
     podman(*compose, "up", "-d", "--no-build", program="podman-compose", cwd=folder)
