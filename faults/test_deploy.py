@@ -22,7 +22,7 @@ from deployed import BIN, DEPLOY, adapted, apache, free_port, granian, nginx, ru
 import service
 from test_service import AUTHORIZATION, DEADLINE_S, HERE, recipe, run, send
 
-SETTINGS = {service.variable(name) for name in service.SETTINGS}  # as environment variables
+SETTINGS = {service.variable(name) for name in (*service.SETTINGS, "token", "token-file")}  # in the environment
 
 
 def contract(address, path, prefix="", processes=1, log=None, keep_alive=True):
