@@ -1534,14 +1534,16 @@ class Database:
                 poll(lambda: db.execute("BEGIN IMMEDIATE"), deadline, "another program")
                 yield db
                 db.execute("COMMIT")
-                if self._files_are_others():
-                    raise sqlite3.OperationalError("the database was replaced during the COMMIT")
             except TimeoutError:  # no lock was free, so nothing has begun
                 raise
             except BaseException:
                 self._close(self._writer)
                 self._writer = None
                 raise
+            if (
+                self._files_are_others()
+            ):  # the writer stays: it alone may have a WAL that was removed, and still saves it
+                raise sqlite3.OperationalError("the database was replaced during the COMMIT")
 
     def insert(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Exception]:
         """Insert the rows of entries. An error that is returned has undone only its entry; any other is raised."""
@@ -1636,6 +1638,11 @@ class Database:
         with contextlib.suppress(OSError):  # the disk is full
             os.pwrite(lock.fileno(), json.dumps(self._files).encode().ljust(LOCK_BYTES), 0)
 
+    def _is_noted(self, *files: list[int] | None) -> bool:
+        """Has a process opened these files to write, as the last one?"""
+        with self._lock_file() as lock:
+            return os.pread(lock.fileno(), LOCK_BYTES, 0).rstrip() == json.dumps(files).encode()
+
     def _open_writer(self, lock: IO) -> sqlite3.Connection:
         """Open the connection that writes, while no other process does."""
         self._put_aside_old_wal(lock)
@@ -1670,7 +1677,9 @@ class Database:
             why = "a reader stays open, or a transaction was large"
             change = f"has grown: {why}" if self._wal_is_large else "is small again"
             log.warning("the WAL %s (%d MiB)", change, file_size(self._wal) // 2**20)
-        if identity(self.path) != files[0] or (self._writer and identity(self._wal) != files[1]):
+        wal = identity(self._wal)
+        # Who only reads goes on with a WAL that was removed until a process that writes has saved it.
+        if identity(self.path) != files[0] or (wal != files[1] and (self._writer or self._is_noted(files[0], wal))):
             return True
         self._last_look = look
         return False

@@ -161,7 +161,7 @@ def test_a_copy_for_datasette_has_no_client_and_no_secret_in_any_byte(tmp_path):
     other.write_text(f'#!/bin/sh\nexec {command} -cmd "PRAGMA secure_delete = OFF" "$@"\n')
     other.chmod(0o755)
     environ = os.environ | {"INLET_DATABASE": str(path), "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
-    line = line.replace("python service.py", f"python {HERE}/service.py")
+    line = line.replace(".venv/bin/python service.py", f"{sys.executable} {HERE}/service.py")
     subprocess.run(["bash", "-ec", line], cwd=tmp_path, env=environ, check=True)
     assert len(secrets) == 100
     assert secrets[0].encode() in path.read_bytes() + Path(f"{path}-wal").read_bytes()
