@@ -1124,8 +1124,7 @@ class Store:
             log.warning(
                 "the database was migrated: start the service again, for the routes and sentences of schema.sql"
             )
-        self._schema_version = version
-        self._schema_look_at = time.monotonic() + 1
+        self._schema_version, self._schema_look_at = version, time.monotonic() + 1
 
     def _take_group(self) -> None:
         """Take what is queued; of the batches, those that have ROWS_OF_BATCHES together, but always the first."""
@@ -1529,7 +1528,7 @@ class Database:
         with locked(self._lock, deadline):
             try:
                 if self._files_are_others():
-                    self._let_go_of_files(self._lock, deadline)
+                    self._let_go_of_files(deadline)
                 db = self._writer or self._open_writer(self._lock)
                 poll(lambda: db.execute("BEGIN IMMEDIATE"), deadline, "another program")
                 yield db
@@ -1540,9 +1539,8 @@ class Database:
                 self._close(self._writer)
                 self._writer = None
                 raise
-            if (
-                self._files_are_others()
-            ):  # the writer stays: it alone may have a WAL that was removed, and still saves it
+            # The writer stays: it alone may have a WAL that was removed, and saves it before the next transaction.
+            if self._files_are_others():
                 raise sqlite3.OperationalError("the database was replaced during the COMMIT")
 
     def insert(self, db: sqlite3.Connection, entries: list[Entry], received_at: str) -> list[Stored | Exception]:
@@ -1601,7 +1599,7 @@ class Database:
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         with contextlib.suppress(OSError, sqlite3.Error), self._lock_file() as file, locked(file, deadline):
             if self._files_are_others():
-                self._let_go_of_files(file, deadline)
+                self._let_go_of_files(deadline)
             elif self._writer:
                 checkpoint(self._writer)
             self._close_all()
@@ -1639,7 +1637,7 @@ class Database:
             os.pwrite(lock.fileno(), json.dumps(self._files).encode().ljust(LOCK_BYTES), 0)
 
     def _is_noted(self, *files: list[int] | None) -> bool:
-        """Has a process opened these files to write, as the last one?"""
+        """Does the lock name these files: are they those that a process has opened last to write?"""
         with self._lock_file() as lock:
             return os.pread(lock.fileno(), LOCK_BYTES, 0).rstrip() == json.dumps(files).encode()
 
@@ -1684,7 +1682,7 @@ class Database:
         self._last_look = look
         return False
 
-    def _let_go_of_files(self, lock: IO, deadline: float) -> None:
+    def _let_go_of_files(self, deadline: float) -> None:
         """Close all connections, because somebody has removed or replaced the database or its WAL.
 
         What is in a WAL that was removed goes into its database, as soon as nobody reads it. If another process has
@@ -1694,8 +1692,7 @@ class Database:
         if not found:
             raise sqlite3.OperationalError("the database is not there")
         log.error("%s or its WAL was removed or replaced; opening it again", self.path)
-        is_open_elsewhere = os.pread(lock.fileno(), LOCK_BYTES, 0).rstrip() != json.dumps(files).encode()
-        if found == files[0] and not is_open_elsewhere and (writer := self._writer):
+        if found == files[0] and self._is_noted(*files) and (writer := self._writer):
             poll(lambda: checkpoint(writer, required=True), deadline, "a reader of the removed WAL")
         self._close_all()
 
@@ -1754,7 +1751,7 @@ class Database:
         """Open the database for reading, or another one that was put in its place, while no process writes."""
         with self._lock_file() as file, locked(file, deadline):
             if self._files_are_others():
-                self._let_go_of_files(file, deadline)
+                self._let_go_of_files(deadline)
             if not self._files:
                 self._put_aside_old_wal(file)
                 reader, is_live = self._open_reader()
@@ -2269,8 +2266,9 @@ def numbered_lines(text: str) -> tuple[list[str], list[int]]:
 
 
 def malformed(entry: Entry) -> Problem | None:
-    """Return the refusal of an entry that was not inserted, if the text that failed is not JSON. json_texts() has
-    checked those that are large.
+    """Return the refusal of an entry that was not inserted, if the text that failed is not JSON.
+
+    Large texts are left out: json_texts() has checked them.
     """
     try:
         for text in entry.bodies[entry.ordinal - 1 : entry.ordinal]:
@@ -2892,9 +2890,7 @@ def serve(settings: argparse.Namespace, database: Database) -> None:
         print(FIRST_STEPS.format(token=token, to=to), flush=True)
     clients = Clients(store, settings.max_body, settings.cors)
     if given and clients.lack(given):
-        log.warning(
-            "INLET_TOKEN is not a token of this database: it is used only when one is made (see: client add NAME)"
-        )
+        log.warning("INLET_TOKEN is not a token of this database: only a new one takes it (client add makes others)")
     app = create_app(store, clients)
     if has_loop and settings.server != "waitress":
         run_loop(app, listeners, settings, store, clients)

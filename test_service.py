@@ -57,7 +57,7 @@ def stream_sql(name: str, more: str = "") -> str:
 
 
 NOBODY_CHECKS = stream_sql("messages").replace(
-    " CHECK (json_valid(body))", ", note TEXT DEFAULT 'CHECK (json_valid(body))'"
+    " CHECK (json_valid(body))", ", note TEXT DEFAULT 'check ( json_valid ( body ) )'"
 )
 
 # Every kind of rule that can refuse a message, beside a stream that takes everything.
@@ -1694,12 +1694,8 @@ def test_a_refusal_tells_no_large_text_apart_while_others_wait(client, store, mo
 
     monkeypatch.setattr(service, "require_json", noted)
     assert client.post("readings", large, Idempotency_Key="k").status_code == 201
-    assert [client.post("readings", body).status_code for body in (large, small, large[:-1], small[:-1])] == [
-        409,
-        409,
-        400,
-        400,
-    ]
+    bodies = (large, small, large[:-1], small[:-1])
+    assert [client.post("readings", body).status_code for body in bodies] == [409, 409, 400, 400]
     assert [what for what in seen if what[1]] == [(len(small), True), (len(small) - 1, True)]
 
 
@@ -1707,13 +1703,9 @@ def test_what_is_refused_does_not_stay_in_memory(store):
     gc.collect()
     gc.disable()
     try:
-        for stream, body in (
-            ("messages", "nul"),
-            ("messages", "NaN"),
-            ("readings", "{}"),
-            ("readings", reading(lot="L")),
-        ):
-            store.queue.extend([entry(store, stream, body), entry(store, stream, body)])
+        sent = {"messages": ["nul", "NaN"], "readings": ["{}", reading(lot="L"), reading(lot="L")]}
+        for stream, bodies in sent.items():
+            store.queue.extend(entry(store, stream, body) for body in bodies)
         store.write()
         assert not any(isinstance(each, service.Entry) for each in gc.get_objects())
     finally:

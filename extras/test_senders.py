@@ -94,6 +94,13 @@ def test_a_signed_message_needs_no_token_and_its_delivery_is_its_key(sender, sto
     assert rows(store, "SELECT key FROM messages") == [(key,), (key and "d-2",)]
 
 
+def test_a_signed_message_that_is_no_json_is_400(sender, store):
+    """Also where a member of the body names the delivery: it is looked for in JSON only."""
+    answer, _ = sender(b'{"id": nul}')
+    assert (answer.status_code, answer.json["column"]) == (400, 8)
+    assert rows(store, "SELECT * FROM messages") == []
+
+
 def test_a_signature_that_is_not_right_is_401(sender, client, store):
     name = next(
         name for name in signed(sender.scheme, sender.secret, b"") if "sig" in name.lower() or "hmac" in name.lower()
