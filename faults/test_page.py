@@ -123,7 +123,10 @@ def replace_the_answer(page: Page, answer) -> None:
 
 
 def cells(page: Page, row: int) -> list[str]:
-    return page.locator("#rows > tr:not(.detail)").nth(row).locator("td").all_text_contents()
+    """Return the texts of a row, when it is there: the page writes its heads before its rows."""
+    found = page.locator("#rows > tr:not(.detail)").nth(row)
+    found.wait_for(state="attached")
+    return found.locator("td").all_text_contents()
 
 
 def ids(page: Page) -> list[int]:
