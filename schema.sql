@@ -9,7 +9,8 @@
 --     409 for UNIQUE). The name of a CHECK, or of a UNIQUE INDEX, is what the client reads:
 --         CONSTRAINT "value must be between -90 and 60" CHECK (value BETWEEN -90 AND 60)
 --     NOT NULL makes a member required; REFERENCES holds it to a lookup table. A column
---     converts to its type and does not refuse: CHECK (json_type(body, '$.n') = 'integer').
+--     converts to its type and does not refuse. For a whole number below 2^63:
+--         CHECK (json_type(body, '$.n') = 'integer' AND typeof(n) = 'integer')
 --   * Triggers are the business logic. They run in the transaction of the message,
 --     and refuse it with  SELECT RAISE(ABORT, 'a sentence for the client').
 --   * One more column, headers TEXT, holds the headers of the request:

@@ -47,6 +47,7 @@ TO CHANGE                                     SEE
  what a client reads when a rule refuses it   REFUSALS in the store
  how messages reach the disk                  the store, the engine
  who may come in, a header of every answer    clients
+ which headers a page of another origin reads exposed in the app
  what the log says                            statistics
  what a POST may contain                      reading requests
  what GET takes and shows                     query_from, ViewResource, Store.page; page_sql, also in extras/rqlite.py
@@ -1606,7 +1607,11 @@ class Database:
 
     def _lock_file(self) -> IO:
         """Open the file that is there to be locked, by its owner only: who can read it can lock it."""
-        return open(os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT, mode=0o600), "r+b")
+        fd = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT, mode=0o600)
+        if os.geteuid() == 0 and self.path.exists():  # root makes it for the owner of the database, as SQLite its WAL
+            owner = self.path.stat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+        return open(fd, "r+b")
 
     def _let_go_of_lock(self) -> None:
         if self._lock:
@@ -2885,7 +2890,7 @@ def serve(settings: argparse.Namespace, database: Database) -> None:
     url = settings.listen if path else f"http://{settings.listen.rpartition(':')[0]}:{listeners[0].getsockname()[1]}"
     print(f"Inlet {__version__} is listening on {url}", flush=True)
     if is_new and not given:
-        to = f"--unix-socket {path} http://localhost" if path else url
+        to = f"--unix-socket {path} http://localhost" if path else url.replace("//0.0.0.0:", "//127.0.0.1:")
         to += f"{settings.prefix}/{next(iter(store.schema.streams))}"
         print(FIRST_STEPS.format(token=token, to=to), flush=True)
     clients = Clients(store, settings.max_body, settings.cors)
@@ -3076,7 +3081,7 @@ def parser() -> argparse.ArgumentParser:
         text = f"{takes}; {variable(name)}, {if_not_set}"
         top.add_argument(f"--{name}", metavar="VALUE", default=value, type=partial(setting, name), help=text)
     grants = "what client add grants: write, read, write:STREAM, read:STREAM; those of NAME, or write read"
-    top.add_argument("--can", nargs="+", metavar="GRANT", help=grants)
+    top.add_argument("--can", nargs="+", action="extend", metavar="GRANT", help=grants)
     signs = "client add: the sender signs its messages by this scheme (extras/senders.py); prints its secret"
     top.add_argument("--signs", metavar="SCHEME", help=signs)
     top.add_argument("--secret", metavar="-", choices="-", help="client add --signs: read the secret from stdin")
@@ -3224,11 +3229,19 @@ def backup(database: Database, target: Path, replace: bool = False) -> None:
 
 
 def require_whole(copy: Path) -> None:
-    """Raise DatabaseError if a copy is damaged, as its source then is."""
+    """Raise DatabaseError if a copy is damaged, as its source then is.
+
+    quick_check also tells where a generated column has another type than its own, such as a number that is too large
+    for an INTEGER. That is no damage: SQLite converts what a rule does not refuse.
+    """
     with contextlib.closing(sqlite3.connect(copy)) as db:
-        (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-    if found != "ok":
-        raise sqlite3.DatabaseError(f"the copy is damaged: {found}")
+        tables = [made.name for made in schema_objects(db).values() if made.kind == "table"]
+        columns = [(table, column) for table in tables for column in columns_of(db, table).values()]
+        generated = {f"{table}.{column.name}" for table, column in columns if column.is_generated}
+        for (found,) in db.execute(f"PRAGMA quick_check({2**31 - 1})"):  # all that it finds, not the first 100
+            of_type = re.fullmatch(r"(?:non-\w+|TEXT|NUMERIC) value in (.*)", found)
+            if found != "ok" and not (of_type and of_type[1] in generated):
+                raise sqlite3.DatabaseError(f"the copy is damaged: {found}")
 
 
 def require_place(target: Path, database: Database) -> None:

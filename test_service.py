@@ -1341,6 +1341,19 @@ def test_a_backup_of_a_damaged_database_is_none(store, command, tmp_path):
     assert not (tmp_path / "copy.db").exists()
 
 
+def test_a_generated_column_of_another_type_than_its_own_is_no_damage(open_store, command, tmp_path):
+    """STRICT does not ask it. quick_check tells it, also before it tells damage."""
+    store = open_store(stream_sql("messages", ", n INTEGER AS (body ->> 'n')") + stream_sql("x"))
+    for _ in range(200):
+        append(store, "messages", '{"n": 99999999999999999999}')
+    assert command("backup", tmp_path / "copy.db") == (0, "", "")
+    with database_of(store) as db:
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        db.execute("INSERT INTO x (received_at, client, body) VALUES ('t', 'c', 'no JSON')")
+    status, _, error = command("backup", tmp_path / "other.db")
+    assert (status, "CHECK constraint failed in x" in error) == (1, True)
+
+
 def test_an_older_database_that_is_put_in_the_place_of_this_one_has_its_clients(hasty_clients, client, store, tmp_path):
     """It has no table that counts the changes of the clients."""
     assert client.get("/messages").status_code == 200
@@ -2802,7 +2815,7 @@ def test_of_two_backups_to_one_path_each_is_whole_or_refused(store, tmp_path):
 
 
 def test_clients_are_added_listed_and_removed_beside_a_running_server(server, tmp_path, command):
-    added = run(tmp_path, "client", "add", "sensor-7", "--can", "write:readings", "read")
+    added = run(tmp_path, "client", "add", "sensor-7", "--can", "write:readings", "--can", "read")
     token = added.stdout.strip()
     assert (added.returncode, added.stdout.count("\n"), added.stderr) == (0, 1, "")
     assert "\twrite:readings read\ttoken\n" in command("client", "list")[1]

@@ -83,7 +83,7 @@ def answers(port: int, path: str) -> bool:
 def nginx(folder: Path, upstream: str, prefix: str = ""):
     """nginx with deploy/nginx.conf in front of an address; yields (host, port)."""
     port = free_port()
-    changes = [("listen 80;", f"listen 127.0.0.1:{port};"), ("server 127.0.0.1:8080;", f"server {upstream};")]
+    changes = [("listen 80;", f"listen 127.0.0.1:{port};"), ("server 127.0.0.1:8080 ", f"server {upstream} ")]
     if prefix:
         changes.append(("location / {", f"location {prefix}/ {{"))
     adapted("nginx.conf", folder, *changes)

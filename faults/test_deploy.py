@@ -143,6 +143,12 @@ def test_nginx_in_front(upstream, tmp_path):
     assert server.end() == 0
 
 
+def test_nginx_waits_longer_than_a_read_and_reads_that_are_late_do_not_stop_the_writers():
+    conf = (DEPLOY / "nginx.conf").read_text()
+    assert int(re.search(r"proxy_read_timeout (\d+)s;", conf)[1]) > service.LONGEST_WAIT_S + service.READ_TIMEOUT_S
+    assert "max_fails=0;" in conf
+
+
 def test_behind_nginx_the_log_and_source_ip_have_the_address_of_the_client_whatever_it_claims(tmp_path):
     """The recipe for GitHub, and the line of a 401."""
     database(tmp_path, SCHEMA + recipe("github.sql").partition("CREATE VIEW pushes")[0])

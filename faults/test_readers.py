@@ -122,11 +122,12 @@ def test_a_program_sends_each_line_once_though_the_service_is_killed(language, t
                 server.kill()
                 server.start()
             ids.append(int(sender.stdout.readline()))
-        sender.stdin.write("no JSON\n")
+        sender.stdin.write("no JSON\n300\n")
         sender.stdin.close()
+        ids.append(int(sender.stdout.readline()))
         assert sender.wait(20) == 1
     stored = sql(tmp_path / "inlet.db", "SELECT id, body FROM readings ORDER BY id")
-    assert stored == [(number, f'{{"n":  {n}}}') for n, number in enumerate(ids)]
+    assert stored == [*((number, f'{{"n":  {n}}}') for n, number in enumerate(ids[:-1])), (ids[-1], "300")]
 
 
 def test_pandas(server, tmp_path):

@@ -90,6 +90,20 @@ def test_a_backup_is_restored_as_readme_says(tmp_path):
             assert send(connection, "POST", "/messages", "2", Idempotency_Key="2")[1]["Idempotent-Replayed"] == "true"
 
 
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut off", "another"])
+def test_what_is_no_whole_backup_is_not_restored(kind, tmp_path):
+    copy, path = tmp_path / "copy.db", database(tmp_path)
+    if kind != "missing":
+        assert run(tmp_path, "backup", str(copy)).returncode == 0
+        content = {"empty": b"", "cut off": copy.read_bytes()[:8192], "another": b"x" * 50_000}[kind]
+        copy.write_bytes(content)
+    before = path.read_bytes()
+    done = subprocess.run(["sh", HERE / "deploy/restore.sh", copy, path], capture_output=True, timeout=DEADLINE_S)
+    assert done.returncode > 0
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob("inlet.db.*"))
+
+
 OPERATING = (HERE / "deploy" / "README.md").read_text()
 
 
@@ -188,7 +202,7 @@ def test_a_copy_for_datasette_has_no_client_and_no_secret_in_any_byte(tmp_path):
 
 def test_VACUUM_under_flock_beside_the_service_loses_nothing_and_shrinks_the_file(tmp_path):
     """The command as it stands there, three times, while messages come in."""
-    (command,) = set(re.findall("`(flock inlet.db-lock sqlite3 [^`]*)`", OPERATING))
+    (command,) = set(re.findall("`(flock inlet.db-lock sqlite3 inlet.db VACUUM)`", OPERATING))
     path = database(tmp_path)
     sql(
         path,

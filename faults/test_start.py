@@ -84,6 +84,18 @@ def test_a_start_on_a_database_that_it_may_not_write_is_one_line(nobodys, there,
     assert "inlet.db" in ends_with_one_line(done)
 
 
+def test_what_root_makes_beside_a_database_belongs_to_the_owner_of_the_database(tmp_path):
+    """As after a restore, when root runs a command before the service starts."""
+    path, user = database(tmp_path), pwd.getpwnam("nobody")
+    (tmp_path / "inlet.db-lock").unlink()
+    os.chown(path, user.pw_uid, user.pw_gid)
+    command = [sys.executable, HERE / "service.py", "client", "add", "x"]
+    settings = {"INLET_DATABASE": str(path), "INLET_SCHEMA": str(tmp_path / "schema.sql")}
+    subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, timeout=DEADLINE_S)
+    assert {file.stat().st_uid for file in tmp_path.glob("inlet.db*")} == {user.pw_uid}
+    assert (tmp_path / "inlet.db-lock").exists()
+
+
 def test_of_two_first_starts_one_prints_a_token_that_is_valid_for_both(tmp_path):
     for n in range(8):
         folder = tmp_path / str(n)

@@ -1,4 +1,6 @@
--- What rules refuse; GET /refused_by_day?day=2026-11-29 is what an owner mails
+-- What rules refuse; GET /refused_by_day?day=2026-11-29 is what an owner mails.
+-- Its messages are {"stream", "status", "detail", "line", "key", "body"}: key is that of the sender, and body a text, of
+-- at most 64 KiB. Each try of a sender is a row of its own. Who may write to every stream may also send to this one.
 CREATE TABLE IF NOT EXISTS refused (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
     received_at TEXT NOT NULL,

@@ -51,18 +51,20 @@ func send(url, token string, body []byte) (int64, error) {
 }
 
 func main() {
-	lines := bufio.NewReader(os.Stdin)
+	lines, status := bufio.NewReader(os.Stdin), 0
 	for {
 		line, err := lines.ReadBytes('\n')
 		if line = bytes.TrimSpace(line); len(line) > 0 {
 			id, err := send(os.Getenv("BASE")+"/"+os.Args[1], os.Getenv("TOKEN"), line)
 			if err != nil {
-				log.Fatal(err)
+				log.Printf("refused: %.100s: %s", line, err)
+				status = 1
+			} else {
+				fmt.Println(id)
 			}
-			fmt.Println(id)
 		}
 		if err == io.EOF {
-			return
+			os.Exit(status)
 		} else if err != nil {
 			log.Fatal(err)
 		}

@@ -1,4 +1,4 @@
-// Sends each line of stdin, which is JSON, until it is on disk, and prints its id:
+// Sends each line of stdin, which is JSON, until it is on disk, and prints its id. A line that is refused is told, and left:
 // BASE=http://127.0.0.1:8080 TOKEN=… node send.mjs readings < lines
 import { randomUUID } from "node:crypto";
 import { createInterface } from "node:readline";
@@ -16,5 +16,11 @@ async function send(url, token, body) {
   }
 }
 
-for await (const line of createInterface({ input: process.stdin }))
-  console.log((await send(`${process.env.BASE}/${process.argv[2]}`, process.env.TOKEN, line)).id);
+for await (const line of createInterface({ input: process.stdin })) {
+  try {
+    console.log((await send(`${process.env.BASE}/${process.argv[2]}`, process.env.TOKEN, line)).id);
+  } catch (error) {
+    console.error(`refused: ${line.slice(0, 100)}: ${error.message}`);
+    process.exitCode = 1;
+  }
+}

@@ -17,8 +17,9 @@ CREATE TABLE IF NOT EXISTS claims (
     client      TEXT NOT NULL,
     key         TEXT,
     body        TEXT NOT NULL CHECK (json_valid(body)),
-    job         INTEGER NOT NULL AS (body ->> 'job'),
+    job         INTEGER NOT NULL AS (body ->> 'job') CONSTRAINT "job must be an id" CHECK (typeof(job) = 'integer'),
     attempt     INTEGER NOT NULL AS (body ->> 'attempt')
+        CONSTRAINT "attempt must be a whole number" CHECK (typeof(attempt) = 'integer')
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS claims_key ON claims (client, key) WHERE key IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS "another worker has this job" ON claims (job, attempt);
@@ -29,7 +30,7 @@ CREATE TABLE IF NOT EXISTS done (
     client      TEXT NOT NULL,
     key         TEXT,
     body        TEXT NOT NULL CHECK (json_valid(body)),
-    job         INTEGER NOT NULL AS (body ->> 'job')
+    job         INTEGER NOT NULL AS (body ->> 'job') CONSTRAINT "job must be an id" CHECK (typeof(job) = 'integer')
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS done_key ON done (client, key) WHERE key IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS "this job is done" ON done (job);
