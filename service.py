@@ -23,8 +23,8 @@ ROUTES
 GUARANTEES
  1. 201 is sent after the COMMIT that holds the message has been synced to disk (WAL, synchronous=FULL).
  2. The body is kept byte for byte. It is checked, but never written anew. (A form becomes JSON.)
- 3. One Idempotency-Key of one client names at most one message or batch. A UNIQUE index decides, so a retry gets the
-    first answer again, whatever threads, processes and crashes came between.
+ 3. One Idempotency-Key of one client names at most one message or batch of a stream. A UNIQUE index decides, so a
+    retry gets the first answer again, whatever threads, processes and crashes came between.
  4. 4xx: nothing was stored in the stream; do not retry unchanged. 5xx, no answer: outcome unknown; retry with the key.
  5. Ids grow in commit order and are never used again: who follows the feed's `next` misses no message.
 
@@ -227,7 +227,7 @@ def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
             status = 405 if isinstance(error, falcon.HTTPMethodNotAllowed) else 501
             problem = Problem(status, "This path does not take this method.", dict(error.headers or {}))
         case sqlite3.Error() | TimeoutError():
-            log.error("the database cannot be read: %s: %s", type(error).__name__, error)
+            log.error("the database cannot be read: %s: %s", type(error).__name__, words_of(error))
             problem = Problem(503, f"{cause_of(error)} Try again.")
         case _:
             log.error("unexpected error at %s %s", shown(req.method), shown(req.path), exc_info=error)
@@ -397,6 +397,22 @@ def cause_of(error: Exception) -> str:
     if name.startswith("SQLITE_BUSY") or isinstance(error, TimeoutError):
         return "The database is busy."
     return "The database cannot be used at the moment."
+
+
+def words_of(error: Exception) -> str:
+    """Return what the log says of a failure: SQLite's words, without what they quote of a message."""
+    return shown(re.split("['\"]", str(error))[0], 200)[1:-1]
+
+
+def sqlite_error(error: Any) -> Any:
+    """Return an error of the sqlite3 module. It raises UnicodeDecodeError where SQLite's words are not UTF-8.
+
+    They are so where they quote a lone surrogate of a message: a JSON path, or what RAISE puts together.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        error = sqlite3.OperationalError(bytes(error.object).decode(errors="replace"))
+        error.sqlite_errorname = "SQLITE_ERROR"
+    return error
 
 
 def storage_problem(error: Exception) -> Problem:
@@ -569,7 +585,7 @@ class Stream:
         """A feed view can have anything in its columns: they are made what they should be."""
         if self.takes:
             columns = ["t.id", "t.received_at", "t.client", "t.key", "CAST(t.body AS BLOB)"]
-            return [*columns, "t.headers"] if self.has_headers else columns
+            return [*columns, text_as_json("t.headers")] if self.has_headers else columns
         texts = ["CAST(ifnull(t.received_at, '') AS TEXT)", "CAST(ifnull(t.client, '') AS TEXT)", "CAST(t.key AS TEXT)"]
         columns = ["CAST(t.id AS INTEGER)", *texts, text_as_json("t.body")]
         return [*columns, text_as_json("t.headers")] if self.has_headers else columns
@@ -580,7 +596,7 @@ class Stream:
         if self.has_ids:
             waits = {"wait": (0, LONGEST_WAIT_S), "fields": (0, 1), "since": (0, 0)}
             return {"after": (0, MAX_ID), "limit": (1, LARGEST_PAGE)} | waits
-        after = {} if self.id_place is None else {"after": (-MAX_ID, MAX_ID)}
+        after = {} if self.id_place is None else {"after": (-MAX_ID - 1, MAX_ID)}
         return after | {"limit": (1, LARGEST_PAGE)}
 
     @property
@@ -592,8 +608,9 @@ class Stream:
 
 
 def text_as_json(column: str) -> str:
-    """Return the SQL of a column as JSON: what is no JSON becomes a string."""
-    return f"iif(json_valid(CAST({column} AS TEXT)), CAST({column} AS TEXT), json_quote(CAST({column} AS TEXT)))"
+    """Return the SQL of a column as JSON: what is no JSON becomes a string. json_valid() does not look behind a NUL."""
+    text = f"CAST({column} AS TEXT)"
+    return f"iif(json_valid({text}) AND NOT instr({text}, char(0)), {text}, json_quote({text}))"
 
 
 @dataclass(frozen=True)
@@ -918,15 +935,15 @@ class Entry:
     changed: Callable[[], object] = nothing
 
     def key_of(self, ordinal: int) -> str | None:
-        """Return the key of a body: the first has the batch's key k1, the second `k1 2`. No client's key has a space.
+        """Return the key of a body: the first has the batch's key k1, line 2 `k1 2`. No client's key has a space.
 
-        In a lenient batch it is not the second, but that of line 2; with an empty key, each is named by its digest.
+        In a lenient batch, k1 is that of line 1 only; with an empty key, each is named by its digest.
         """
         if self.key is None or (ordinal == 1 and self.refused is None):
             return self.key
         if not self.key:
             return digest_of(self.bodies[ordinal - 1])
-        number = ordinal if self.refused is None else self.lines[ordinal - 1]
+        number = self.lines[ordinal - 1]
         return self.key if number == 1 else f"{self.key} {number}"
 
 
@@ -1081,7 +1098,9 @@ class Store:
             until = time.monotonic() if isinstance(error, TimeoutError) else math.inf
             failed = self._group or [entry for entry in waiting if entry.deadline <= until]
             if failed:
-                log.error("%d requests could not be written: %s: %s", len(failed), type(error).__name__, error)
+                log.error(
+                    "%d requests could not be written: %s: %s", len(failed), type(error).__name__, words_of(error)
+                )
             for entry in failed:
                 self._give_up(entry, error)
         finally:
@@ -1104,8 +1123,8 @@ class Store:
     def _require_schema(self, db: sqlite3.Connection) -> None:
         """Once a second, raise DatabaseError if somebody has given the database rules with which it is not served.
 
-        It may have those of this process, or, after a migrate, those that schema.sql has by now. But a stream to which
-        this process leaves the check of JSON must still have its CHECK.
+        It may have those of this process, or, after a migrate, those that schema.sql has by now. But a stream must take
+        messages as before: with headers or without, and with the CHECK of JSON, if this process leaves that to it.
         """
         opened = self.database.opened
         if time.monotonic() < self._schema_look_at and opened == self._schema_version[0]:
@@ -1119,9 +1138,11 @@ class Store:
                 is_migrated = False
             if not is_migrated:
                 raise sqlite3.DatabaseError("it differs from schema.sql: run migrate")
-            for key, made in self.schema.objects.items():
-                if made.checks_json and not migrated.objects.get(key, made).checks_json:
-                    raise sqlite3.DatabaseError(f"{made} no longer checks JSON: start the service again")
+            after = {fold(stream.name): stream for stream in migrated.streams.values()}
+            for stream in self.schema.streams.values():
+                new = after.get(fold(stream.name), stream)
+                if new.has_headers != stream.has_headers or (stream.checks_json and not new.checks_json):
+                    raise sqlite3.DatabaseError(f"{new.name} takes messages in another way: start the service again")
             log.warning(
                 "the database was migrated: start the service again, for the routes and sentences of schema.sql"
             )
@@ -1145,7 +1166,7 @@ class Store:
 
         When that happens to its stream a second time, it may happen to each of its entries: they are given up with it.
         """
-        log.error("a message for %s has undone its transaction: %s", undone.entry.stream.name, undone.error)
+        log.error("a message for %s has undone its transaction: %s", undone.entry.stream.name, words_of(undone))
         again: list[Entry] = []
         for entry in self._group:
             is_of_stream = entry.stream is undone.entry.stream
@@ -1209,7 +1230,9 @@ class Store:
         if stored == sent or (entry.signed and entry.refused is None):
             return Stored(rows[0][0], rows[-1][0], rows[0][1], len(rows), replayed=True)
         if entry.refused is not None and all(sent.get(key, body) == body for key, body in stored.items()):
-            return None  # some of its lines are there
+            has_line_1 = entry.earlier or entry.lines[0] == 1
+            if has_line_1 or entry.key not in stored or sent.keys() <= stored.keys():
+                return None  # some of its lines are there
         or_deleted = ", or some of its messages have been deleted since" if stored.items() <= sent.items() else ""
         line: dict[str, Any] = {"line": entry.line} if entry.line else {}
         return Problem(422, f"This Idempotency-Key was used before, with another body{or_deleted}.", **line)
@@ -1220,7 +1243,7 @@ class Store:
         if said.startswith("cannot store "):  # Python 3.11 has no name for it
             name = "SQLITE_CONSTRAINT_DATATYPE"
         if name not in REFUSALS:
-            log.error("a message for %s could not be stored: %s: %s", entry.stream.name, name, error)
+            log.error("a message for %s could not be stored: %s: %s", entry.stream.name, name, words_of(error))
             return storage_problem(error)
         status, words = REFUSALS[name]
         text = re.sub(rf"\b{entry.stream.name}\.", "", said, flags=re.IGNORECASE)
@@ -1270,7 +1293,7 @@ class Store:
         """Return what a client is told when its page cannot be read, or None if the database has failed."""
         name = getattr(error, "sqlite_errorname", "")
         if name == "SQLITE_ERROR" and not stream.takes:
-            log.error("the view %s cannot be read: %s", stream.name, error)
+            log.error("the view %s cannot be read: %s", stream.name, words_of(error))
             return Problem(503, "The SQL of this view fails on what is stored; the log says why.")
         if name != "SQLITE_INTERRUPT":
             return None
@@ -1321,6 +1344,7 @@ class Store:
         low, high = after, MAX_ID if last is None else max(after, last)
         try:
             with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
+                db.text_factory = partial(str, encoding="utf-8", errors="replace")
                 while low < high:
                     middle = (low + high) // 2
                     found = db.execute(sql, (middle,)).fetchone()
@@ -1339,17 +1363,22 @@ def rows_of(entry: Entry, received_at: str, bodies: Iterable[str]) -> Iterator[t
 
 def stored_under_key(entry: Entry) -> tuple[str, dict[str, Any]]:
     """Return the SQL of the rows that have the key of an entry, and its parameters."""
+    is_lenient = entry.refused is not None
+    keys = [entry.key, *map(entry.key_of, range(1, len(entry.bodies) + 1))] if is_lenient else []
+    of_portion = " AND +t.key IN (SELECT j.value FROM json_each(:keys) AS j)" if is_lenient else ""
     return (
+        # +: an index on the client alone would give the rows in their order, and SQLite would read all of that client.
         f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
         " WHERE t.client COLLATE BINARY = :client AND (t.key COLLATE BINARY = :key"
-        " OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end) ORDER BY t.id LIMIT :most",
+        f" OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end){of_portion} ORDER BY +t.id LIMIT :most",
         {
             "client": entry.client,
             "key": entry.key,
             "first": f"{entry.key} ",  # the keys of a batch are between `key ` and `key!`
             "end": "" if entry.line else f"{entry.key}!",
+            "keys": json.dumps(keys),
             # One too many shows that it was something else.
-            "most": -1 if entry.signed or entry.refused is not None else len(entry.bodies) + 1,
+            "most": -1 if entry.signed or is_lenient else len(entry.bodies) + 1,
         },
     )
 
@@ -1451,6 +1480,7 @@ class Database:
     is_near = True
 
     def __init__(self, path: Path):
+        self._given = path.absolute()
         self.path = path.resolve()  # once: the WAL of a symlinked database stands beside the real file
         self._folder, self._wal, self._shm = str(self.path.parent), f"{self.path}-wal", f"{self.path}-shm"
         self._lock: IO | None = None
@@ -1571,7 +1601,8 @@ class Database:
             if entry.lines:
                 db.execute("RELEASE batch")
             return Stored(first, last, received_at, len(entry.bodies))
-        except (sqlite3.Error, MemoryError) as error:
+        except (sqlite3.Error, UnicodeDecodeError, MemoryError) as raised:
+            error = sqlite_error(raised)
             entry.ordinal = len(entry.bodies) - length_hint(left)
             error.__traceback__ = None  # it is a result: its frames would keep the entry in memory
             # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
@@ -1680,6 +1711,8 @@ class Database:
             why = "a reader stays open, or a transaction was large"
             change = f"has grown: {why}" if self._wal_is_large else "is small again"
             log.warning("the WAL %s (%d MiB)", change, file_size(self._wal) // 2**20)
+        if self._given.resolve() != self.path:
+            raise sqlite3.OperationalError(f"{self._given} leads to another file now: start the service again")
         wal = identity(self._wal)
         # Who only reads goes on with a WAL that was removed until a process that writes has saved it.
         if identity(self.path) != files[0] or (wal != files[1] and (self._writer or self._is_noted(files[0], wal))):
@@ -1743,9 +1776,9 @@ class Database:
         db.text_factory = str  # whoever had it before may have wanted another
         try:
             yield db
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             is_live = False  # or perhaps not: it is not used again
-            raise
+            raise sqlite_error(error)  # noqa: B904
         finally:
             if is_live:
                 self._readers.append((db, files))
@@ -1829,8 +1862,8 @@ class Database:
 def rows_or_error(db: sqlite3.Connection, sql: str, values: dict) -> list[tuple] | sqlite3.Error:
     try:
         return db.execute(sql, values).fetchall()
-    except sqlite3.Error as error:
-        return error.with_traceback(None)
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        return sqlite_error(error).with_traceback(None)
 
 
 def identity(path: str | Path) -> list[int] | None:
@@ -2516,7 +2549,13 @@ def envelope(stream: Stream, row: tuple, with_fields: bool = False) -> bytes:
     tail = f', "headers": {in_unicode(row[5]) or "null"}' if stream.has_headers else ""
     if with_fields:
         tail += f', "fields": {object_of(stream.fields, row[5 + stream.has_headers :])}'
-    return b"%b%b%b}" % (head.encode(), in_utf_8(body), tail.encode())
+    return b"%b%b%b}" % (head.encode(), in_json(body), tail.encode())
+
+
+def in_json(body: bytes | str) -> bytes:
+    """Return a body. One of a trigger can have a NUL, behind which json_valid() does not look: it becomes a string."""
+    data = in_utf_8(body)
+    return json_string(data.decode()).encode() if b"\0" in data else data
 
 
 def in_unicode(text: bytes | str | None) -> Any:
@@ -2650,7 +2689,9 @@ class ViewResource:
                 row_id = None if stream.id_place is None else row[stream.id_place]
                 if len(texts) == limit or size >= PAGE_BYTES:
                     if isinstance(row_id, int) and row_id == after:
-                        rows = self._store.page(stream, after - 1, -1, filters, is_abandoned, after, with_fields)
+                        rows = self._store.page(
+                            stream, max(after - 1, -MAX_ID - 1), -1, filters, is_abandoned, after, with_fields
+                        )
                         texts[len(texts) - of_last :] = self._whole(rows, after, kind, with_fields)
                     return texts, True, after
                 texts.append(self._text(row, kind, with_fields))
@@ -2687,7 +2728,7 @@ class ViewResource:
     def on_get_body(self, req: falcon.Request, resp: falcon.Response, message_id: int) -> None:
         req.context.client.require("read", self.stream)
         preferred(req, resp, JSON)
-        resp.data = in_utf_8(self._row(req, message_id)[4])
+        resp.data = in_json(self._row(req, message_id)[4])
 
     def _row(self, req: falcon.Request, message_id: int, with_fields: bool = False) -> tuple:
         """Return the row of a message; Problem 404."""

@@ -490,7 +490,7 @@ EXTRAS = sorted(
 
 def test_without_extras_the_rest_is_as_before(tmp_path):
     """faults/test_extras.py deletes each in turn."""
-    assert len(EXTRAS) == 13
+    assert len(EXTRAS) == 14
     short_contract("*", tmp_path)
 
 
@@ -1725,6 +1725,106 @@ def test_what_is_refused_does_not_stay_in_memory(store):
         gc.enable()
 
 
+ODD_RULE = ", value TEXT AS (json_extract(body -> 'new', body ->> 'field'))"
+ODD_FIELDS = ('{"field": "nope", "new": {}}', r'{"field": "\ud800", "new": {}}')
+
+
+@pytest.mark.parametrize("headers", [{}, BATCH, BATCH | {"Prefer": "handling=lenient"}])
+def test_a_message_whose_error_is_not_utf_8_fails_alone(headers, open_store, caplog):
+    """SQLite quotes the path, and Python raises UnicodeDecodeError in place of an sqlite3.Error."""
+    store = open_store(stream_sql("messages", ODD_RULE) + stream_sql("x"))
+    client = client_of(store)
+    for body in ODD_FIELDS:
+        answer = client.post("messages", body, **headers)
+        told = answer.json["refused"][0] if "Prefer" in headers else answer.json
+        assert (told["status"], told["detail"]) == (422, "A rule of this stream cannot be applied to the message")
+    entries = [entry(store, "x", "1"), entry(store, "messages", ODD_FIELDS[1]), entry(store, "x", "2")]
+    assert commit_together(store, *entries) == [1, 422, 2]
+    assert "unexpected" not in caplog.text
+
+
+def test_a_view_whose_error_quotes_a_message_says_so_without_it(open_store, caplog):
+    columns = "SELECT id, received_at, client, key, body FROM messages WHERE"
+    view = f"CREATE VIEW cheap AS {columns} json_extract(body, body ->> 'field') < 10;"
+    client = client_of(open_store(stream_sql("messages") + view))
+    for field in (r"\ud800", "hunter2 " * 20_000):
+        assert client.post("messages", f'{{"field": "{field}"}}').status_code == 201
+        assert client.get("/cheap").status_code == 503
+        assert client.get("/").json["views"]["cheap"]["last_id"] is None
+    assert "the view cheap cannot be read" in caplog.text
+    assert ("hunter2" in caplog.text, "unexpected" in caplog.text) == (False, False)
+
+
+def test_nothing_behind_a_nul_of_a_message_gets_into_the_json_of_a_page(open_store):
+    """SQLite's json_valid() does not look there, and since 3.43 ->> gives a NUL."""
+    copied = (
+        "INSERT INTO other (received_at, client, body) VALUES (NEW.received_at, NEW.client, NEW.body ->> 'payload');"
+    )
+    store = open_store(
+        stream_sql("messages") + stream_sql("other", ", headers TEXT")
+        + f"CREATE TRIGGER copy AFTER INSERT ON messages BEGIN {copied} END;"
+        "CREATE VIEW payloads AS SELECT id, received_at, client, key, body ->> 'payload' AS body FROM messages;"
+    )  # fmt: skip
+    client = client_of(store)
+    body = r'{"payload": "1\u0000}], \"next\": \"/messages?after=999999\", \"x\": [{"}'
+    assert client.post("messages", body).status_code in (201, 422)
+    for name in ("payloads", "other"):
+        for message in client.get(f"/{name}").json["messages"]:
+            assert client.get(f"/{name}/{message['id']}/body").json == message["body"]
+        assert client.get(f"/{name}").json.keys() == {"messages", "next"}
+
+
+def test_a_batch_is_not_stored_twice_when_it_is_sent_again_as_a_lenient_one(client, store):
+    for number, body in enumerate(('{"a":1}\n\n{"a":2}', '\n{"a":1}\n{"a":2}')):
+        both = BATCH | {"Idempotency_Key": f"k{number}"}
+        assert client.post("messages", body, **both).status_code == 201
+        again = client.post("messages", body, Prefer="handling=lenient", **both)
+        stored = rows(store, f"SELECT count(*) FROM messages WHERE key GLOB 'k{number}*'")
+        assert (again.status_code in (201, 422), stored) == (True, [(2,)])
+
+
+@pytest.mark.parametrize(
+    "index", ["", "CREATE INDEX by_client ON messages (client);", "CREATE INDEX c ON messages (client, received_at);"]
+)
+def test_a_key_is_looked_up_by_its_own_index_whatever_others_there_are(index, open_store):
+    store = open_store(stream_sql("messages") + index)
+    for each in (entry(store, "messages", "1", key="k"), entry(store, "messages", "1", key="k", refused=[], lines=[1])):
+        sql, values = service.stored_under_key(each)
+        with database_of(store) as db:
+            plan = [step[3] for step in db.execute(f"EXPLAIN QUERY PLAN {sql}", values) if " t USING" in step[3]]
+        assert len(plan) == 2
+        assert all("INDEX messages_key (client=? AND key" in step for step in plan)
+
+
+def test_a_report_can_have_the_smallest_id_that_there_is(open_store):
+    client = client_of(
+        open_store(stream_sql("messages") + "CREATE VIEW numbers AS SELECT body ->> 'n' AS id FROM messages;")
+    )
+    for n in (-(2**63), -(2**63), 5):
+        client.post("messages", f'{{"n": {n}}}')
+    page = client.get("/numbers?limit=1")
+    assert page.status_code == 200
+    assert client.get(page.json["next"]).json["rows"] == [{"id": 5}]
+
+
+def test_a_database_whose_link_leads_elsewhere_takes_nothing(store, tmp_path):
+    link, copy = tmp_path / "link.db", tmp_path / "copy.db"
+    link.symlink_to(store.database.path)
+    linked = service.Store(service.Database(link), store.schema)
+    assert append(linked, "messages", "1") == 1
+    service.backup(linked.database, copy)
+    copy.replace(link)
+
+    def is_refused():
+        with pytest.raises(service.Problem, match="cannot be used"):
+            append(linked, "messages", "2")
+        return True
+
+    time.sleep(1.1)  # it looks once a second
+    assert is_refused()
+    assert rows(store, "SELECT count(*) FROM messages") == [(1,)]
+
+
 def test_an_entry_without_a_message_is_no_malformed_one(store):
     assert service.malformed(service.Entry(store.schema.streams["messages"])) is None
 
@@ -1737,7 +1837,7 @@ def test_who_serves_takes_nothing_when_a_stream_no_longer_checks_json(name, clie
     store._schema_look_at = 0  # a second later
     assert [client.post("messages", body).status_code for body in ("nul", "1")] == [400, 503]
     assert rows(store, "SELECT * FROM messages") == []
-    assert "no longer checks JSON: start the service again" in caplog.text
+    assert "takes messages in another way: start the service again" in caplog.text
     client = client_of(service.Store(store.database, service.read_schema(store.schema.path)))
     assert [client.post(name, body).status_code for body in ("nul", "1")] == [400, 201]
 

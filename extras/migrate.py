@@ -27,6 +27,7 @@ from service import (
     quoted,
     schema_objects,
     show,
+    sqlite_error,
 )
 
 SHOWN_IDS = 20
@@ -46,11 +47,10 @@ def run(database: Database, schema: Schema) -> int:
             told = "inlet: nothing was changed, because old messages break new rules (change them or the rules):"
             print("\n".join([told, *broken]), file=sys.stderr)
             return 1  # and the connection, when it is closed, rolls back
-        unchecked = {stream.name for stream in schema.streams.values() if stream.takes and not stream.checks_json}
         new = [made for key, made in schema.objects.items() if key not in old or old[key].words != made.words]
-        if any(made.name in unchecked for made in new):
-            # A process that serves may leave the check of JSON to this table. It looks at the schema once a second:
-            # while the lock is held for so long, it looks before its next message.
+        if any(made.name in schema.streams and made.kind == "table" for made in new):
+            # A process that serves may insert what this stream does not take, or leave the check of JSON to it. It
+            # looks at the schema once a second: while the lock is held so long, it looks before its next message.
             time.sleep(1)
         db.execute("COMMIT")
         analyze(db)
@@ -145,8 +145,8 @@ class Migration:
         insert = self._copy_back(new.name, copy, before, has_old_rowid=bool(rowid))
         try:
             db.execute(f"{insert} ORDER BY c.rowid")
-        except sqlite3.Error as error:
-            self._require_transaction(error)
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            self._require_transaction(sqlite_error(error))
             self._name_broken_rows(new.name, insert, copy, 'c."id"' if "id" in before else "c.rowid")
         db.execute(f"DROP TABLE {copy}")
 
@@ -174,7 +174,8 @@ class Migration:
         for rowid, row_id in self._db.execute(f"SELECT c.rowid, {message_id} FROM {copy} AS c").fetchall():
             try:
                 self._db.execute(f"{insert} WHERE c.rowid = ?", (rowid,))
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as raised:
+                error = sqlite_error(raised)
                 self._require_transaction(error)
                 rule = self._schema.sentences.get(fold(str(error)), str(error))
                 self._broken.setdefault((table, rule), []).append(row_id)

@@ -16,7 +16,8 @@ LISTED_LINES = 100  # refused ones of a lenient batch, in its answer
 NOTE_BYTES = 65_536  # of a message that a rule refuses, in the stream `refused`
 # In hexadecimal: it may be no UTF-8, and rqlite sends only text.
 ANSWER = (
-    'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) FROM "{}" AS t WHERE t.id = :id AND t.answer NOT NULL'
+    'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) AND NOT instr(t.answer, char(0)) FROM "{}" AS t'
+    " WHERE t.id = :id AND t.answer NOT NULL"
 )
 
 
@@ -34,8 +35,8 @@ def lenient_lines(data: bytes) -> tuple[list[str], list[int], list[dict[str, Any
     texts, numbers, refused = [], [], []
     for line, number in zip(*service.numbered_lines(data.decode(errors="surrogateescape")), strict=True):
         try:
-            if not line.isascii() and re.search("[\udc80-\udcff]", line):
-                raise service.json_problem("it is not UTF-8", "", number)
+            if not line.isascii() and (odd := re.search("[\udc80-\udcff]", line)):
+                raise service.json_problem("it is not UTF-8", line[: odd.start()], number)
             service.require_json(line, number)
         except Problem as problem:
             refused.append(refused_line(number, problem))
@@ -128,7 +129,7 @@ class Outcomes:
         for n, rows in zip(asked, answers, strict=True):
             result = results[n]
             if isinstance(rows, Exception):
-                service.log.error("an answer of %s cannot be read: %s", entries[n].stream.name, rows)
+                service.log.error("an answer of %s cannot be read: %s", entries[n].stream.name, service.words_of(rows))
             elif rows and isinstance(result, Stored):
                 kind = JSON if rows[0][1] else "text/plain; charset=utf-8"
                 answer = "200 OK", headers_of(result, kind), service.in_utf_8(bytes.fromhex(rows[0][0]))
@@ -145,7 +146,9 @@ class Outcomes:
         try:
             for found in store.database.insert(db, list(owners), received_at) if owners else ():
                 if isinstance(found, Exception):
-                    service.log.error("what was refused cannot be kept in the stream refused: %s", found)
+                    service.log.error(
+                        "what was refused cannot be kept in the stream refused: %s", service.words_of(found)
+                    )
         except service.Undone as undone:
             raise service.Undone(owners[undone.entry], undone.error) from None
 

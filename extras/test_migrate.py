@@ -7,6 +7,8 @@ import pytest
 
 import service
 from test_service import (
+    ODD_FIELDS,
+    ODD_RULE,
     READING,
     READINGS,
     SCHEMA,
@@ -181,9 +183,28 @@ def test_a_process_that_serves_stores_no_nonsense_when_migrate_takes_the_check_o
         eventually(lambda: len(answers) > 20)
         change(store, before)
         assert migrate((" CHECK (json_valid(body))", ""))[0] == 0
-        eventually(lambda: "no longer checks JSON" in server.log)
+        eventually(lambda: "takes messages in another way" in server.log)
     assert {status for status, _ in answers} <= {400, 503}
     assert rows(store, "SELECT * FROM messages") == []
+
+
+def test_a_process_that_serves_stores_nothing_without_headers_when_migrate_adds_them(server, store, migrate):
+    with sending(server, READING, "readings") as answers:
+        eventually(lambda: len(answers) > 20)
+        assert migrate((READINGS, f", headers TEXT{READINGS}"))[0] == 0
+        count = rows(store, "SELECT count(*) FROM readings")
+        eventually(lambda: "takes messages in another way" in server.log)
+    assert {status for status, _ in answers} == {201, 503}
+    assert rows(store, "SELECT count(*) FROM readings") == count
+
+
+def test_migrate_names_a_message_whose_error_is_not_utf_8(open_store, migrate):
+    store = open_store(stream_sql("messages"))
+    change(
+        store, *(f"INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '{body}')" for body in ODD_FIELDS)
+    )
+    status, _, errors = migrate(sql=stream_sql("messages", ODD_RULE))
+    assert (status, "ids 1" in errors, "ids 2" in errors) == (1, True, True)
 
 
 def test_migrate_gives_a_stream_headers_and_old_messages_have_none(client, store, migrate):

@@ -135,6 +135,25 @@ def test_a_large_lenient_batch_comes_in_portions(open_store):
     assert rows(store, "SELECT count(*) FROM refused") == [(52,)]
 
 
+def test_a_lenient_batch_that_is_sent_again_reads_each_line_once(open_store):
+    store = open_store(stream_sql("messages"))
+    client = client_of(store)
+    lines = "\n".join(map(str, range(1200)))
+    answers = [client.post("messages", lines, Idempotency_Key="k", **LENIENT) for _ in range(2)]
+    assert [answer.json["count"] for answer in answers] == [1200, 1200]
+    assert answers[1].headers["Idempotent-Replayed"] == "true"
+    portion = service.Entry(
+        store.schema.streams["messages"], "tester", "k", ["500", "501"], lines=[501, 502], refused=[]
+    )
+    (found,) = store.database.fetch(service.connect(store.database.path, "ro", 1), [service.stored_under_key(portion)])
+    assert [body for *_, body in found] == ["0", "500", "501"]  # and who has the key itself
+
+
+def test_a_lenient_line_that_is_not_utf_8_has_its_column(open_store):
+    answer = client_of(open_store(stream_sql("messages"))).post("messages", b'1\n{"n": "\xff"}', **LENIENT)
+    assert "line 2 column 8" in answer.json["refused"][0]["detail"]
+
+
 def test_all_of_a_lenient_batch_is_counted_while_it_waits(open_store):
     client, sizes = client_of(open_store(REFUSED)), []
     later = {"inlet.answer_later": lambda _, size: sizes.append(size)}  # None: there is no room

@@ -4,11 +4,13 @@ The errors are injected into the system calls of a real server by strace, at the
 """
 
 import contextlib
+import http.client
 import json
 import os
 import pwd
 import resource
 import subprocess
+import sys
 import sysconfig
 import time
 from collections import Counter
@@ -16,8 +18,9 @@ from pathlib import Path
 
 import pytest
 from common import Ledger, Server, at_once, database, failing, scale, seed, sql, timed, wait_until
+from deployed import answers, free_port
 
-from test_service import send, stream_sql
+from test_service import HERE, send, stream_sql
 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
@@ -150,6 +153,28 @@ def test_a_full_disk_is_503_and_has_room_again_later(small_disk):
     assert set(ledger.statuses) <= {201, 422, 503, None}
     assert server.end() == 0
     ledger.check(path)
+
+
+def test_a_container_that_starts_on_a_full_disk_lets_read(small_disk):
+    """Its migrate fails, but the database has the schema that the service has."""
+    path, port = database(small_disk), free_port()
+    with contextlib.closing(Server(small_disk)) as server:
+        assert send(server.connect(), "POST", "/messages", "1")[0] == 201
+    fill(small_disk)
+    settings = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "INLET_DATABASE": str(path),
+        "INLET_SCHEMA": str(small_disk / "schema.sql"),
+        "INLET_LISTEN": f"127.0.0.1:{port}",
+    }
+    command = ["sh", HERE / "deploy" / "start.sh"]
+    with subprocess.Popen(command, cwd=HERE, env=os.environ | settings, stderr=subprocess.PIPE, text=True) as container:
+        wait_until(lambda: answers(port, "/livez"), "it does not start")
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+            assert send(connection, "GET", "/messages")[0] == 200
+        container.terminate()
+        assert container.wait(20) == 0
+        assert "disk is full" in container.stderr.read()
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGTERM, then sqlite3", "kill -9", "kill -9, and the -shm is gone"])
