@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
 # Runs one node of a cluster:  node.sh FOLDER [FLAG OF rqlited …]
 #
+# A node votes once for each term, and its folder remembers for whom. If it came back under its id with an empty folder, it
+# could vote again, for a node that lacks what was acknowledged. So this starts an empty folder only with NEW_NODE=yes: at
+# the first start of all nodes, and after the old node was removed from the cluster (README.md, "Replace a node").
+#
 # A node whose SQLite finds no room for a row goes on without it, and differs from the others from then on. So this kills
 # the node while ROOM_MIB (512) are still free. It starts the node when twice as much is free, also the first time; then
 # the node takes from the others what it has missed. It adds -fk: without that, a node checks no foreign keys.
@@ -10,7 +14,12 @@ shift
 room_mib=${ROOM_MIB:-512}
 node=
 trap 'kill -TERM $node 2>/dev/null || exit 0' TERM INT # exit if there is no node
+umask 077 # the folder has messages, and secrets of senders
 mkdir -p "$folder"
+if ! test -e "$folder/raft.db" && test "${NEW_NODE:-}" != yes; then
+    echo "node.sh: $folder has no raft.db. Remove the lost node from the cluster, then start this with NEW_NODE=yes" >&2
+    exit 1
+fi
 
 free_mib() { df --output=avail --block-size=1M "$folder" | tail -n 1; }
 

@@ -20,6 +20,7 @@ if ! test -x "$RQLITED"; then
     go build -C "$here/rqlited" -trimpath -ldflags='-s -w' -o rqlited github.com/rqlite/rqlite/v8/cmd/rqlited
 fi
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+if ! ls -d "$folder"/n[123] >/dev/null 2>&1; then export NEW_NODE=yes; fi # not for one that was lost
 for n in 1 2 3; do
     "$here/node.sh" "$folder/n$n" -node-id "n$n" -http-addr "127.0.0.1:410$n" -raft-addr "127.0.0.1:420$n" \
         -bootstrap-expect 3 -join 127.0.0.1:4201,127.0.0.1:4202,127.0.0.1:4203 >"$folder/n$n.log" 2>&1 &

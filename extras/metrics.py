@@ -50,6 +50,9 @@ class MetricsResource:
             lines += family(
                 f"inlet_{name}", "gauge", "Bytes: of the database, of its WAL, or free on its disk.", [({}, size)]
             )
+        engine: Any = store.database
+        for name, kind, about_it, samples in () if engine.is_near else engine.measures():
+            lines += family(f"inlet_{name}", kind, about_it, samples)
         lines += family("inlet_requests_total", "counter", "Requests that this process has answered.", answers)
         lines += family("inlet_refused_total", "counter", "Requests of a client that were refused.", refused)
         lines += family(

@@ -14,6 +14,7 @@ import re
 import select
 import shutil
 import sqlite3
+import ssl
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,33 +30,19 @@ from service import BUSY_TIMEOUT_S, PAGE_BYTES, READ_TIMEOUT_S, Entry, Schema, S
 CONNECT_TIMEOUT_S = 1.0
 WRITE_TIMEOUT_S = 4.0  # a new leader is there after 1 to 3 s
 COPY_TIMEOUT_S = 600.0
+LOOK_UP_S = 60.0  # for the outcome of a migrate whose answer was lost
 BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
 PAUSE_S = 0.05  # before a node is asked again
 LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
 READS = re.compile(r"SELECT|EXPLAIN|PRAGMA (?!\w+ =)")
+FRESHNESS = re.compile(r"freshness=[1-9]\d*(?:ms|s|m)")
 BLOB = re.compile(r"\s*x'[0-9a-f]*'\s*", re.IGNORECASE)  # a text that rqlite takes for a BLOB
 HOST = re.compile(r"[\w:-]+(\.[\w:-]+)*\.?")
 ROW_AS_JSON = "row as JSON"  # the name of a column that has a whole row, as JSON in hexadecimal
 MADE_BY_ANOTHER = ("table clients already exists", "table clients_version already exists")
 
-# SQL whose result differs between nodes: a pattern for what without_strings() returns, and the reason.
-TIME = "date|time|datetime|julianday|unixepoch"
-RECEIVED_AT = r"(?:\w+ \. )?received_at(?: , '')* \)"  # and modifiers
-OWN_CLOCK = "each node has a clock of its own"
-NODE_RULES = (
-    (r"\b(?:random|randomblob) \(", "each node has random numbers of its own"),
-    (r"\bcurrent_(?:date|time|timestamp)\b|\btimediff \(", OWN_CLOCK),
-    (rf"\b(?:{TIME}|strftime) \((?: \)| '' \)|[^)]*'(?:now|localtime|utc)')", OWN_CLOCK),
-    (r"\b(?:changes|total_changes|last_insert_rowid) \(", "each node counts for itself"),
-    (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes"),
-)
-FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
-TRIGGER_RULE = (
-    rf"\b(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
-    f"{OWN_CLOCK}, and a message could say 'now': a time here is received_at, with modifiers in quotes",
-)
 # The names of SQLite's errors, by what it says: rqlite gives no names. An error without one is a 503.
 ERRORS = (
     ("NOT NULL constraint failed: ", "SQLITE_CONSTRAINT_NOTNULL"),
@@ -80,6 +67,16 @@ FAULT = re.compile(
 GUARD = '"must not be there when it migrates"'
 
 
+# Answers of a node that has certainly carried nothing out: store/store.go, http/service.go and cluster/client.go of
+# rqlite 8.43.4, and api.go of hashicorp/raft 1.7.3. "pool get" and "write": it could not hand a request to the leader.
+NOT_TAKEN = re.compile(
+    r"(?:node failed to process \w+ on remote node at \S+: )?(?:not leader|leader not found|store not open"
+    r"|store not ready|leadership transfer in progress|timed out enqueuing operation"
+    r"|(?:pool get|write length|write protobuf bytes): .*)",
+    re.DOTALL,
+)
+
+
 class NotTaken(sqlite3.OperationalError):
     """A request that was certainly not carried out, so it can be sent again."""
 
@@ -91,9 +88,11 @@ class Node:
         host = url.hostname or ""
         if not HOST.fullmatch(host) or url.path.strip("/") or url.query or url.fragment:
             raise ValueError(url)
-        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         self.name = f"{host}:{url.port or 4001}"
-        self._new = partial(kind, host, url.port or 4001)
+        if url.scheme == "https":
+            self._new: Any = partial(http.client.HTTPSConnection, host, url.port or 4001, context=tls_context())
+        else:
+            self._new = partial(http.client.HTTPConnection, host, url.port or 4001)
         self._headers = {"Content-Type": "application/json"}
         if url.username:
             user = f"{unquote(url.username)}:{unquote(url.password or '')}"
@@ -142,6 +141,17 @@ class Node:
                 self._idle.pop()[0].close()
 
 
+def tls_context() -> ssl.SSLContext:
+    """Return how to speak to nodes: with a certificate of our own, if they ask for one. SetupError if it is no good."""
+    context = ssl.create_default_context()  # SSL_CERT_FILE names the authority
+    if certificate := os.environ.get("INLET_NODE_CERT"):
+        try:
+            context.load_cert_chain(certificate, os.environ.get("INLET_NODE_KEY"))
+        except OSError as error:
+            raise SetupError(f"INLET_NODE_CERT and INLET_NODE_KEY cannot be used: {error}") from None
+    return context
+
+
 class Rows(list):
     """The rows of a query, with the methods of a cursor."""
 
@@ -166,7 +176,11 @@ class Connection:
 
     def execute(self, sql: str, values: tuple | dict = ()) -> Rows:
         if READS.match(sql):
-            return self.cluster.query(sql, values, self.level, self.deadline)
+            rows = self.cluster.query(sql, values, self.level, self.deadline)
+            is_of_one = isinstance(values, dict) and values.get("until") == (values.get("after") or 0) + 1
+            if not rows and is_of_one:  # it may have been stored by a newer leader
+                rows = self.cluster.query(sql, values, "linearizable", self.deadline)
+            return rows
         if sql == "COMMIT":
             try:
                 self.cluster.execute_all(self._writes, self.deadline)
@@ -205,19 +219,44 @@ class Cluster:
     def __init__(self, where: str):
         scheme, _, rest = where.partition("://")
         user, at, hosts = rest.rpartition("@")
+        hosts, _, option = hosts.partition("?")
         try:
-            self._nodes = [Node(urlsplit(f"{scheme}://{user}{at}{host}")) for host in hosts.split(",")]
+            self.nodes = [Node(urlsplit(f"{scheme}://{user}{at}{host}")) for host in hosts.split(",")]
+            if option and not FRESHNESS.fullmatch(option):
+                raise ValueError(option)
         except ValueError:  # without the value, for it can hold a password
-            raise SetupError("--database takes http://USER:PASSWORD@HOST:PORT,HOST:PORT,… for a cluster") from None
+            raise SetupError(
+                "--database takes http://USER:PASSWORD@HOST:PORT,HOST:PORT,… for a cluster, and ?freshness=2s behind it"
+            ) from None
+        # The leader answers a read. With a freshness, each node answers that has heard from the leader so recently.
+        self._read_level = f"none&{option}&freshness_strict" if option else "weak"
         self.opened = 0  # no files are open here that could be replaced
         self._current = 0  # the node that is asked
+        self._comparison: Any = None
+        self.repeated, self.unknown = 0, 0  # requests that were sent again; messages whose outcome is not known
 
     def __str__(self) -> str:
-        return f"the cluster at {', '.join(node.name for node in self._nodes)}"
+        return f"the cluster at {', '.join(node.name for node in self.nodes)}"
 
     def close(self) -> None:
-        for node in self._nodes:
+        if self._comparison:
+            self._comparison.stop()
+        for node in self.nodes:
             node.close()
+
+    def measures(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
+        """Yield metrics: the name, the type, what it is, and its values with their labels."""
+        yield (
+            "cluster_node",
+            "gauge",
+            "The node that this process asks.",
+            [({"node": self.nodes[self._current].name}, 1)],
+        )
+        yield "cluster_repeated_total", "counter", "Requests that were sent to a node again.", [({}, self.repeated)]
+        unknown = "Messages that got 503 though they may have been stored."
+        yield "cluster_unknown_total", "counter", unknown, [({}, self.unknown)]
+        if self._comparison:
+            yield from self._comparison.measures()
 
     # The start
 
@@ -228,7 +267,7 @@ class Cluster:
         new_schema: what is made if there is nothing. Without it, SetupError is raised then.
         """
         if new_schema:
-            require_same_in_every_node(new_schema)
+            service.needed("same", "a cluster").require_same(new_schema)
             self._require_foreign_keys()
         else:
             self._require_database()
@@ -236,6 +275,7 @@ class Cluster:
         yield db
         if new_schema and not service.differences(db, new_schema):
             self._try_out(new_schema)
+            self._comparison = self._comparison or service.extra("same").Comparison(self, new_schema)
 
     def _try_out(self, schema: Schema) -> None:
         """Raise SetupError if the SQLite of the nodes cannot use a stream or a view."""
@@ -258,9 +298,9 @@ class Cluster:
             raise SetupError(f"there is no database in {self}: the service makes it, by its first start")
 
     def _require_foreign_keys(self) -> None:
-        for node in self._nodes:  # of those that answer
+        for node in self.nodes:  # of those that answer
             with contextlib.suppress(sqlite3.Error, OSError, http.client.HTTPException):
-                results = self._ask(node, "/db/query?level=none", b'["PRAGMA foreign_keys"]', CONNECT_TIMEOUT_S)
+                results = self.ask(node, "/db/query?level=none", b'["PRAGMA foreign_keys"]', CONNECT_TIMEOUT_S)
                 if results[0].get("values") != [[1]]:
                     raise SetupError(f"the node {node.name} checks no foreign keys: start it with -fk")
 
@@ -277,33 +317,54 @@ class Cluster:
         All messages for one stream are one statement: that takes half the time of a statement for each. A statement
         that is refused leaves nothing, and then each of its entries gets a statement of its own.
         """
-        results: dict[Entry, Stored | Exception] = {}
+        db.deadline = max((entry.deadline for entry in entries), default=db.deadline)
+        results: dict[Entry, Stored | sqlite3.Error] = {}
         for portion in portions(entries):
-            waiting = grouped(portion)
-            while waiting:
-                statements = [insert_of(group[0].stream, rows_of(group, received_at)) for group in waiting]
-                answers = self._send("/db/execute?noparse", statements, db.deadline)
-                refused = []
-                for group, answer in zip(waiting, answers, strict=True):
-                    error = self._refusal_in(answer)
-                    if not error:
-                        results |= results_of(group, answer, received_at)
-                    elif error.sqlite_errorname not in service.REFUSALS and FAULT.match(str(error)):
-                        results |= dict.fromkeys(group, error)
-                    elif len(group) > 1:
-                        refused += [[entry] for entry in group]
-                    elif group[0].lines:
-                        results[group[0]] = self._insert_lines(group[0], received_at, db.deadline)
-                    else:
-                        results[group[0]] = error
-                waiting = refused
+            groups = grouped(portion)
+            while groups:
+                groups = self._insert_groups(groups, received_at, results)
         return [results[entry] for entry in entries]
 
-    def _insert_lines(self, entry: Entry, received_at: str, deadline: float) -> Stored | Exception:
+    def _insert_groups(
+        self, groups: list[list[Entry]], received_at: str, results: dict[Entry, Stored | sqlite3.Error]
+    ) -> list[list[Entry]]:
+        """Insert groups by one request, and add the results of their entries. Returns what has to be tried next.
+
+        An entry whose deadline has passed is withdrawn, as long as it is certain that no node has taken it.
+        """
+        entries = [entry for group in groups for entry in group]
+        deadlines = [entry.deadline for entry in entries]
+        statements = [insert_of(group[0].stream, rows_of(group, received_at)) for group in groups]
+        try:
+            answers = self._send("/db/execute?noparse", statements, max(deadlines), repeat_until=min(deadlines))
+        except NotTaken as error:
+            late = [entry for entry in entries if entry.deadline < time.monotonic() + PAUSE_S]
+            results |= dict.fromkeys(late, error)
+            return [in_time for group in groups if (in_time := [entry for entry in group if entry not in late])]
+        except sqlite3.Error as error:
+            self.unknown += len(entries)
+            results |= dict.fromkeys(entries, error)
+            return []
+        refused = []
+        for group, answer in zip(groups, answers, strict=True):
+            refusal = self._refusal_in(answer)
+            if not refusal:
+                results |= results_of(group, answer, received_at)
+            elif refusal.sqlite_errorname not in service.REFUSALS and FAULT.match(str(refusal)):
+                results |= dict.fromkeys(group, refusal)
+            elif len(group) > 1:
+                refused += [[entry] for entry in group]
+            elif group[0].lines:
+                results[group[0]] = self._insert_lines(group[0], received_at)
+            else:
+                results[group[0]] = refusal
+        return refused
+
+    def _insert_lines(self, entry: Entry, received_at: str) -> Stored | sqlite3.Error:
         """Insert a refused batch again, with a statement for each line, to find the bad line. It can succeed now."""
         statements = [insert_of(entry.stream, [row]) for row in rows_of([entry], received_at)]
         try:
-            answers = self._send("/db/execute?noparse&transaction", statements, deadline)
+            answers = self._send("/db/execute?noparse&transaction", statements, entry.deadline)
         except sqlite3.Error as error:
             return error
         entry.ordinal = len(answers)  # they end at the one that was refused
@@ -311,9 +372,13 @@ class Cluster:
         return self._refusal_in(last) or results_of([entry], last, received_at)[entry]
 
     def execute_all(self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S) -> None:
-        """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known."""
+        """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known.
+
+        timeout_s: a node waits 30 s for the leader. What can take longer is sent to the leader itself.
+        """
         if writes:
-            answers = self._send("/db/execute?noparse&transaction", writes, deadline, timeout_s)
+            path = "/db/execute?noparse&transaction" + ("&redirect" if timeout_s > WRITE_TIMEOUT_S else "")
+            answers = self._send(path, writes, deadline + timeout_s, timeout_s, repeat_until=deadline)
             if error := error_in(answers[-1]):
                 raise error
 
@@ -322,7 +387,7 @@ class Cluster:
     @contextlib.contextmanager
     def reader(self, limit_s: float = READ_TIMEOUT_S, abandoned: Any = None) -> Iterator[Connection]:
         """Yield a connection for queries. After limit_s they end with SQLITE_INTERRUPT, abandoned or not."""
-        yield Connection(self, "weak", time.monotonic() + limit_s)
+        yield Connection(self, self._read_level, time.monotonic() + limit_s)
 
     def query(self, sql: str, values: tuple | dict, level: str, deadline: float) -> Rows:
         """Return the rows of a query."""
@@ -341,7 +406,7 @@ class Cluster:
     def _query(self, queries: list[tuple[str, Any]], level: str, deadline: float) -> list[Rows | sqlite3.Error]:
         left_ms = max(1, int((deadline - time.monotonic()) * 1000))
         path = f"/db/query?level={level}&timeout={left_ms + 500}ms&db_timeout={left_ms}ms"
-        timeout_s = READ_TIMEOUT_S + 1 if level == "weak" else WRITE_TIMEOUT_S  # only pages may be slow
+        timeout_s = READ_TIMEOUT_S + 1 if level == self._read_level else WRITE_TIMEOUT_S  # only pages may be slow
         # The node ends a slow query before the deadline that is given here.
         answers = self._send(path, [statement(*query) for query in queries], deadline + 1, timeout_s)
         return [error_in(answer) or rows_in(answer) for answer in answers]
@@ -382,11 +447,12 @@ class Cluster:
         self._require_database()
         deadline, failure = time.monotonic() + BUSY_TIMEOUT_S, ""
         while time.monotonic() < deadline:  # a node makes one copy at a time
-            for node in self._nodes:
+            for node in self.nodes:
                 try:
                     with node.request("GET", "/db/backup", b"", COPY_TIMEOUT_S) as answer, open(target, "wb") as file:
                         shutil.copyfileobj(answer, file)
-                    if answer.status == 200 and is_whole(target):
+                    if answer.status == 200:
+                        service.require_whole(Path(target))
                         return
                     failure = f"{node.name}: {answer.status} {answer.reason}"
                 except (sqlite3.Error, OSError, http.client.HTTPException) as error:
@@ -400,13 +466,13 @@ class Cluster:
 
         The copy shows which rows break a rule. The cluster copies tables of its own, with the messages that came since.
         """
-        require_same_in_every_node(schema)
+        service.needed("same", "a cluster").require_same(schema)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy.db"
             self.copy_to(str(copy))
             with contextlib.closing(service.connect(copy, "rw", BUSY_TIMEOUT_S)) as db:
                 recorder = Recorder(db)
-                keys = keys_with_on_delete(db)
+                keys, will_change = keys_with_on_delete(db), service.differences(db, schema)
                 yield recorder
                 keys |= keys_with_on_delete(db)
         for parent, child in keys:  # PRAGMA foreign_keys = OFF does nothing inside of a transaction
@@ -417,17 +483,31 @@ class Cluster:
         if recorder.writes:
             guard = f'CREATE TABLE {GUARD} (found CONSTRAINT "what migrate drops is in use again" CHECK (false))'
             writes = [["PRAGMA defer_foreign_keys = ON"], [guard], *recorder.writes, [f"DROP TABLE {GUARD}"]]
-            self.execute_all(writes, time.monotonic() + COPY_TIMEOUT_S, COPY_TIMEOUT_S)
+            try:
+                self.execute_all(writes, time.monotonic() + BUSY_TIMEOUT_S, COPY_TIMEOUT_S)
+            except sqlite3.OperationalError as error:
+                if isinstance(error, NotTaken) or not will_change or not self._is_migrated(schema):
+                    raise
+
+    def _is_migrated(self, schema: Schema) -> bool:
+        """Ask, behind all that is on its way in the Raft log, whether the database is now as schema.sql has it."""
+        db: Any = Connection(self, "strong", time.monotonic() + LOOK_UP_S)
+        return not service.differences(db, schema)
 
     # Requests
 
     def _send(
-        self, path: str, statements: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S
+        self,
+        path: str,
+        statements: list[list],
+        deadline: float,
+        timeout_s: float = WRITE_TIMEOUT_S,
+        repeat_until: float | None = None,
     ) -> list[dict[str, Any]]:
         """Return the answers to statements, one for each; those of a transaction end at the one that is refused.
 
-        A query, and what was certainly not carried out, is sent to the next node, until the deadline. Raises
-        sqlite3.OperationalError for what has no known outcome.
+        A query, and what was certainly not carried out, is sent to the next node, until the deadline, or an earlier
+        time. Raises NotTaken then, or sqlite3.OperationalError for what has no known outcome.
         """
         is_query = path.startswith("/db/query")
         body = json.dumps(statements, ensure_ascii=False).encode(errors="replace")
@@ -435,19 +515,21 @@ class Cluster:
         while True:
             asked = self._current
             try:
-                answers = self._ask(self._nodes[asked], path, body, min(deadline - time.monotonic(), timeout_s))
+                answers = self.ask(self.nodes[asked], path, body, min(deadline - time.monotonic(), timeout_s))
                 refused = "transaction" in path and answers and "error" in answers[-1]
                 if len(answers) != len(statements) and not refused:
                     raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
                 return answers
             except (sqlite3.Error, OSError, http.client.HTTPException) as error:
-                self._current = (asked + 1) % len(self._nodes)
+                self._current = (asked + 1) % len(self.nodes)
                 can_repeat = is_query or isinstance(error, NotTaken)
-                if not can_repeat or time.monotonic() + PAUSE_S > deadline:
-                    raise sqlite3.OperationalError(str(error) or type(error).__name__) from None
+                if not can_repeat or time.monotonic() + PAUSE_S > (repeat_until or deadline):
+                    kind = NotTaken if isinstance(error, NotTaken) else sqlite3.OperationalError
+                    raise kind(str(error) or type(error).__name__) from None
+            self.repeated += 1
             time.sleep(PAUSE_S)
 
-    def _ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
+    def ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
         """Return the answers of a node. Raises NotTaken, or another error if the outcome is not known."""
         data, until = bytearray(), time.monotonic() + timeout_s
         with node.request("POST", path, body, timeout_s) as answer:
@@ -467,12 +549,13 @@ class Cluster:
         if "error" not in found and isinstance(answers, list) and all(isinstance(each, dict) for each in answers):
             return answers
         told = f"{node.name}: {answer.status} {error[:200]}"
-        # "write protobuf": the node could not send it to the leader.
-        if error.endswith(("not leader", "leader not found")) or "write protobuf" in error:
+        if NOT_TAKEN.fullmatch(error):
             raise NotTaken(told)
         if answer.status == 401:
             raise NotTaken(f"{node.name}: the user or the password is not right, or lacks a permission")
-        if answer.status in (301, 307, 308, 400, 403, 404, 405):
+        if answer.status == 301:  # it was asked to redirect
+            raise NotTaken(f"{node.name} is not the leader: --database has to name all nodes")
+        if answer.status in (307, 308, 400, 403, 404, 405):
             raise NotTaken(told)
         raise sqlite3.OperationalError(told)
 
@@ -490,60 +573,6 @@ class Cluster:
                 if any(f"raise ( abort , {literal} )" in " ".join(service.normal(sql)) for (sql,) in triggers):
                     error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
         return error
-
-
-def require_same_in_every_node(schema: Schema) -> None:
-    """Raise SetupError if the nodes would compute a rule of schema.sql differently."""
-    texts = {made: without_strings(made.sql) for made in schema.objects.values()}
-    in_triggers = [made for made in texts if made.kind == "trigger"]
-    for each in in_triggers:  # it grows: by the views that they read, and the views that those read
-        words = texts[each].split(" ")
-        for view in texts:
-            if view.kind == "view" and service.fold(view.name) in words and view not in in_triggers:
-                in_triggers.append(view)
-    checked = [(str(made), text) for made, text in texts.items() if made.kind != "view" or made in in_triggers]
-    statements = [("a statement", without_strings(sql)) for sql in schema.statements]
-    checked += [(name, text) for name, text in statements if re.match(FILLS_A_TABLE, text)]
-    for name, text in checked:
-        for pattern, reason in NODE_RULES:
-            if re.search(pattern, text):
-                raise SetupError(f"{name}: on a cluster, {reason}")
-    pattern, reason = TRIGGER_RULE
-    for each in in_triggers:
-        if re.search(pattern, texts[each]):
-            raise SetupError(f"{each}: on a cluster, {reason}")
-    for stream in (stream for stream in schema.streams.values() if stream.takes):
-        if stream.name in inserted_by_triggers(schema, stream):
-            raise SetupError(f"table {stream.name}: on a cluster, no trigger may insert into the table of its message")
-
-
-def inserted_by_triggers(schema: Schema, stream: Stream) -> set[str]:
-    """Return the tables into which the triggers of a message insert: https://www.sqlite.org/c3ref/set_authorizer.html"""
-    inserted: set[str] = set()
-
-    def note(action: int, table: str | None, _column: Any, _database: Any, trigger: str | None) -> int:
-        if action == sqlite3.SQLITE_INSERT and table and trigger:
-            inserted.add(table)
-        return sqlite3.SQLITE_OK
-
-    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        for sql in schema.statements:
-            db.execute(sql)
-        db.set_authorizer(note)
-        db.execute(*stream.explain)
-    return inserted
-
-
-def without_strings(sql: str) -> str:
-    """Return SQL with a space between its tokens, no quotes around names, and nothing in strings that name no clock."""
-    words = []
-    for token in service.normal(sql):
-        text = service.fold(token[1:-1])
-        if token[0] in "'\"" and text in ("now", "localtime", "utc"):
-            words.append(f"'{text}'")
-        else:
-            words.append("''" if token[0] == "'" else text if token[0] in '"`[' else token)
-    return " ".join(words)
 
 
 def statement(sql: str, values: tuple | dict) -> list:
@@ -597,11 +626,6 @@ def keys_with_on_delete(db: sqlite3.Connection) -> set[tuple[str, str]]:
     )
 
 
-def is_whole(database: str) -> bool:
-    with contextlib.closing(sqlite3.connect(database)) as db:
-        return db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-
-
 def portions(entries: list[Entry]) -> Iterator[list[Entry]]:
     """Yield the entries in lists of about REQUEST_BYTES."""
     portion, size = [], 0
@@ -635,11 +659,13 @@ def insert_of(stream: Stream, rows: list[tuple]) -> list:
     return [f"{into} SELECT {columns} FROM json_each(?) AS j", json.dumps(rows, ensure_ascii=False)]
 
 
-def results_of(group: list[Entry], answer: dict[str, Any], received_at: str) -> dict[Entry, Stored]:
-    """Return the results of entries that were inserted together; OperationalError if their number is not right."""
+def results_of(group: list[Entry], answer: dict[str, Any], received_at: str) -> dict[Entry, Stored | sqlite3.Error]:
+    """Return the results of entries that were inserted together: an error for each if their number is not right."""
     if answer.get("rows_affected", 0) != sum(len(entry.bodies) for entry in group):
-        raise sqlite3.OperationalError(f"rqlite has inserted {answer.get('rows_affected')} rows")
-    results, last = {}, answer.get("last_insert_id", 0)
+        error = sqlite3.OperationalError(f"rqlite has inserted {answer.get('rows_affected')} rows")
+        return dict.fromkeys(group, error)
+    results: dict[Entry, Stored | sqlite3.Error] = {}
+    last = answer.get("last_insert_id", 0)
     for entry in reversed(group):
         results[entry] = Stored(last - len(entry.bodies) + 1, last, received_at, len(entry.bodies))
         last -= len(entry.bodies)

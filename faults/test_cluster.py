@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from urllib.request import Request, urlopen
 
 import pytest
@@ -23,7 +25,7 @@ from common import SCHEMA, Ledger, Server, at_once, database, seed, wait_until
 import service
 from test_service import DEADLINE_S, HERE, TOKEN, send, stream_sql
 
-rqlite, migrate = service.extra("rqlite"), service.extra("migrate")
+rqlite, same, migrate = (service.extra(name) for name in ("rqlite", "same", "migrate"))
 RQLITED = os.environ.get("INLET_RQLITED") or shutil.which("rqlited")
 ADDRESSES = [f"10.77.0.{n}" for n in (1, 2, 3)]
 URL = f"http://{','.join(f'{address}:4001' for address in ADDRESSES)}"
@@ -62,12 +64,13 @@ def network():
 class Node:
     """One rqlited in its namespace."""
 
-    def __init__(self, number, folder):
+    def __init__(self, number, folder, without=()):
         self.name, self.address, self.folder = f"inlet-{number}", ADDRESSES[number - 1], folder / f"node-{number}"
         raft = ",".join(f"{address}:4002" for address in ADDRESSES)
         where = ["-http-addr", f"{self.address}:4001", "-raft-addr", f"{self.address}:4002"]
-        together = ["-bootstrap-expect", "3", "-join", raft]
-        self.flags = ["-node-id", self.name, *where, *together]
+        together = {"-bootstrap-expect": "3", "-join": raft}
+        self.flags = ["-node-id", self.name, *where]
+        self.flags += [word for flag, value in together.items() if flag not in without for word in (flag, value)]
         self.command = [RQLITED, "-fk", *self.flags, str(self.folder)]
         self.start()
 
@@ -97,7 +100,7 @@ class Node:
             return "[+]leader ok" in self.ask("/readyz")
 
     def is_leader(self):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             return json.loads(self.ask("/status"))["store"]["raft"]["state"] == "Leader"
 
     def cut_off(self, verb):
@@ -167,13 +170,17 @@ class Cluster:
         for node in self.nodes:
             node.kill()
 
-    def check(self, ledger, follower):
-        """Whatever has happened: what was acknowledged is there once, the nodes are equal, and the feed is complete."""
-        ledger.must_answer()
+    def check_nodes(self):
+        """The messages, which all nodes have."""
         self.wait_until_ready()
         sql = "SELECT id, key, body FROM messages ORDER BY id"
         wait_until(lambda: len({json.dumps(node.query(sql)) for node in self.nodes}) == 1, "the nodes differ")
-        stored = [(message_id, key, body.encode()) for message_id, key, body in self.nodes[0].query(sql)]
+        return self.nodes[0].query(sql)
+
+    def check(self, ledger, follower):
+        """Whatever has happened: what was acknowledged is there once, the nodes are equal, and the feed is complete."""
+        ledger.must_answer()
+        stored = [(message_id, key, body.encode()) for message_id, key, body in self.check_nodes()]
         count = ledger.check_rows(stored)
         wait_until(lambda: follower.seen and follower.seen[-1] == stored[-1][0], "the feed has not come to its end")
         assert follower.seen == [message_id for message_id, _, _ in stored]
@@ -247,12 +254,15 @@ def taken_again(ledger, within_s=20):
 
 def test_a_leader_that_is_killed_ten_times(cluster):
     with under_load(cluster) as ledger:
+        gaps = []
         for _ in range(10):
-            leader = cluster.leader()
+            leader, count = cluster.leader(), len(ledger.taken_at)
             leader.kill()
             taken_again(ledger)
+            gaps.append(max(after - before for before, after in pairwise(ledger.taken_at[count - 1 :])))
             leader.start()
             wait_until(leader.is_ready, "the node does not come back")
+    print(f"gaps: {median(gaps):.1f} s at the median, {min(gaps):.1f} to {max(gaps):.1f} s", end=" ")
     assert ledger.longest_gap() < 8
 
 
@@ -350,15 +360,156 @@ def test_node_sh_kills_a_node_before_its_disk_is_full_and_starts_it_when_there_i
         subprocess.run(["umount", str(node.folder)], check=True)
 
 
-def test_a_node_is_replaced_by_an_empty_one(cluster):
+def remove(node, asked):
+    """README's command: does the cluster confirm it?"""
+    body = json.dumps({"id": node.name}).encode()
+    request = Request(f"http://{asked.address}:4001/remove", body, method="DELETE")
+    with contextlib.suppress(OSError), urlopen(request, timeout=5):
+        time.sleep(1)  # until the leader sends nothing more to it: the new node would take that for its own
+        return True
+
+
+@contextlib.contextmanager
+def by_node_sh(node, **environ):
+    """Run a node by node.sh for as long as the block runs."""
+    script = [f"RQLITED={RQLITED}", HERE / "cluster" / "node.sh", str(node.folder), *node.flags]
+    node.command = ["env", *(f"{name}={value}" for name, value in environ.items()), *script]
+    node.start()
+    try:
+        yield
+    finally:
+        node.process.terminate()
+        node.process.wait()
+
+
+def test_a_node_that_has_lost_its_folder_is_replaced_as_readme_says(cluster):
     with under_load(cluster) as ledger:
-        node = cluster.leader()
+        lost = cluster.leader()
+        lost.kill()
+        shutil.rmtree(lost.folder)
+        taken_again(ledger)
+        assert remove(lost, cluster.leader())
+        stack = contextlib.ExitStack()
+        stack.enter_context(by_node_sh(lost, NEW_NODE="yes"))
+        wait_until(lost.is_ready, "the new node does not come up")
+        taken_again(ledger)
+        assert [path.stat().st_mode & 0o077 for path in (lost.folder, lost.folder / "db.sqlite")] == [0, 0]
+    stack.close()
+
+
+def test_a_node_that_has_forgotten_its_votes_undoes_nothing(cluster):
+    """With c down, a and b have X. b loses its folder, a is cut off, and c comes back: b must not vote for c."""
+    a, b, c = cluster.nodes
+    c.kill()
+    taken = retried(cluster.front_ends[0].connect(), '"X"', "x")
+    b.kill()
+    shutil.rmtree(b.folder)
+    with by_node_sh(b):
+        assert b.process.wait(DEADLINE_S) == 1
+    assert "has no raft.db" in Path(f"{b.folder}.log").read_text()
+    assert not remove(b, a)  # the two others have to agree
+    a.cut_off("-A")
+    c.start()
+    time.sleep(4)
+    assert not c.is_leader()
+    a.cut_off("-D")
+    wait_until(lambda: remove(b, a), "b cannot be removed", 40)
+    with by_node_sh(b, NEW_NODE="yes"):
+        assert [body for _, _, body in cluster.check_nodes()] == ['"X"']
+        assert retried(cluster.front_ends[1].connect(), '"X"', "x") == taken
+
+
+def test_a_node_that_differs_is_told_until_it_is_replaced(cluster):
+    """The row is taken out of the file of one node, behind the back of rqlite."""
+    schema, database = service.read_schema(cluster.folder / "schema.sql"), service.database_at(URL)
+
+    def compared(comparison):
+        comparison.compare()
+        return comparison.compared, comparison.differing
+
+    with under_load(cluster):
+        comparison = same.Comparison(database, schema)
+        for _ in range(5):
+            assert compared(comparison) == (3, set())
+        comparison.stop()
+    for change in ("DELETE FROM messages WHERE id = 50", "UPDATE messages SET client = 'another' WHERE id = 60"):
+        comparison = same.Comparison(database, schema)
+        comparison.stop()
+        node = cluster.follower()
+        with contextlib.closing(sqlite3.connect(node.folder / "db.sqlite", isolation_level=None)) as db:
+            db.execute(change)
+        assert compared(comparison) == (3, {"messages"})
+        cluster.front_ends[0].kill()
+        cluster.front_ends[0].start()
+        connection = cluster.front_ends[0].connect()
+        line = b'inlet_cluster_nodes_differ{stream="messages"} 1.0'
+        wait_until(lambda: line in send(connection, "GET", "/metrics")[2], "it is not told")
+        assert "the nodes differ in messages: " in cluster.front_ends[0].log
+        shown = send(connection, "GET", "/metrics")[2].decode()
+        rules = (HERE / "deploy" / "prometheus-rules.yml").read_text()
+        assert all(f"\n{name}" in shown for name in re.findall(r"inlet_cluster_\w+", rules + README))
         node.kill()
+        assert compared(comparison) == (2, set())
         shutil.rmtree(node.folder)
-        taken_again(ledger)
+        assert remove(node, cluster.leader())
         node.start()
-        wait_until(node.is_ready, "the new node does not come up")
-        taken_again(ledger)
+        cluster.check_nodes()
+        assert compared(comparison) == (3, set())
+    database.close()
+
+
+def test_migrate_whose_answer_is_lost_looks_up_what_became_of_it(cluster):
+    """Both ways: it was not carried out, and it was."""
+    (cluster.folder / "schema.sql").write_text(CHANGED)
+    schema, database = service.read_schema(cluster.folder / "schema.sql"), service.database_at(URL)
+    database.nodes.sort(key=lambda node: cluster.leader().address not in node.name)
+    ask = database.ask
+
+    def lose(node, path, *rest):
+        if "execute" in path:
+            if is_sent:
+                ask(node, path, *rest)
+            raise ConnectionResetError("the answer is lost")
+        return ask(node, path, *rest)
+
+    is_sent, database.ask = False, lose
+    with pytest.raises(sqlite3.OperationalError, match="lost"):
+        migrate.run(database, schema)
+    is_sent, database._current = True, 0
+    assert migrate.run(database, schema) == 0
+    assert cluster.rows("SELECT count(*) FROM pragma_table_xinfo('messages') AS c WHERE c.name = 'n'") == [[1]]
+
+
+class Reader(Node):
+    """A node that does not vote, on the bridge."""
+
+    def __init__(self, folder):
+        self.name, self.address, self.folder = "inlet-4", "10.77.0.254", folder / "node-4"
+        where = ["-http-addr", f"{self.address}:4001", "-raft-addr", f"{self.address}:4002"]
+        join = ["-raft-non-voter", "-join", ",".join(f"{address}:4002" for address in ADDRESSES)]
+        self.command = [RQLITED, "-fk", "-node-id", self.name, *where, *join, str(self.folder)]
+        with open(f"{self.folder}.log", "a") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+
+
+def test_a_node_that_does_not_vote_answers_reads_as_long_as_it_hears_from_the_leader(cluster):
+    reader = Reader(cluster.folder)
+    try:
+        wait_until(reader.is_ready, "the reader does not come up", 40)
+        (cluster.folder / "c").mkdir()
+        (cluster.folder / "c" / "schema.sql").write_text(SCHEMA)
+        server = Server(cluster.folder / "c", "--database", f"http://{reader.address}:4001?freshness=2s")
+        connection = server.connect()
+        assert retried(connection, '"X"', "x")
+        wait_until(lambda: b'"body": "X"' in send(connection, "GET", "/messages")[2], "the reader has no message")
+        assert send(connection, "GET", "/messages/1")[0] == 200
+        for node in cluster.nodes:
+            node.kill()
+        time.sleep(2.5)
+        assert send(connection, "GET", "/messages")[0] == 503
+        server.end()
+    finally:
+        reader.kill()
 
 
 def test_connections_that_the_nodes_have_closed_fail_no_message(cluster):
@@ -506,42 +657,58 @@ def test_a_front_end_starts_while_a_node_hangs(nodes):
         hanging.signal(signal.SIGCONT)
 
 
+FEW = (
+    "CREATE TABLE x (a, b); CREATE VIEW few AS SELECT count(*) AS n FROM messages WHERE received_at > datetime('now'); "
+)
+
+
 @pytest.mark.parametrize(("more", "words"), [
-    ("CREATE TABLE x (a DEFAULT (random()));", "table x"), ("CREATE TABLE x (a DEFAULT CURRENT_TIMESTAMP);", "clock"),
-    ("CREATE TABLE x (a DEFAULT (datetime('now')));", "clock"), ("CREATE TABLE x (a DEFAULT (unixepoch()));", "clock"),
-    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "a statement"),
-    ("CREATE TABLE x (a DEFAULT (strftime('%f')));", "clock"), ("CREATE TABLE x (a DEFAULT (strftime('%f', 'NOW')));", "clock"),
-    ("CREATE TABLE x AS SELECT random() AS a;", "a statement"), ('CREATE TABLE x (a DEFAULT ("random"()));', "random"),
-    ("CREATE TABLE x (a); CREATE VIEW recent AS SELECT * FROM messages WHERE received_at > datetime('now', '-1 minute');"
-     " CREATE VIEW few AS SELECT count(*) AS n FROM recent;"
-     " CREATE TRIGGER y BEFORE INSERT ON messages BEGIN SELECT RAISE(ABORT, 'wait') FROM few WHERE n > 9; END;", "view recent"),
+    *[(f"CREATE TABLE x (a DEFAULT {default});", "table x.*DEFAULT") for default in (
+        "(random())", "CURRENT_TIMESTAMP", "(datetime('now'))", "(unixepoch())", "(strftime('%f'))", "(sqlite_version())", '("random"())', "(1 + (abs(1)))")],
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "a statement.*clock"),
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (1 + random() * 0);", "a statement.*random"),
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x SELECT id FROM messages;", "a statement.*ORDER BY"),
+    ("CREATE TABLE x AS SELECT random() AS a;", "a statement"),
+    (FEW + " CREATE VIEW fewer AS SELECT n FROM few; CREATE TRIGGER y BEFORE INSERT ON messages BEGIN SELECT RAISE(ABORT, 'wait') FROM fewer WHERE n > 9; END;", "view few.*clock"),
+    (FEW + " CREATE VIEW some AS SELECT id FROM messages LIMIT 3; CREATE TRIGGER y BEFORE INSERT ON messages BEGIN DELETE FROM x WHERE a IN some; END;", "view some.*LIMIT"),
     (stream_sql("audit") + "CREATE TRIGGER y AFTER INSERT ON messages BEGIN INSERT INTO audit (received_at, client, body) VALUES ('t', 'c', '1'); END;"
      "CREATE TRIGGER z AFTER INSERT ON audit BEGIN INSERT INTO \"Messages\" (received_at, client, body) VALUES ('t', 'c', '1'); END;", "of its message"),
-    *[(f"CREATE TABLE x (a, b); CREATE TRIGGER y AFTER INSERT ON messages BEGIN {sql}; END;", words) for sql, words in (
+    *[(f"CREATE TABLE x (a, b); CREATE TRIGGER y AFTER INSERT ON messages BEGIN {sql}; END;", f"trigger y.*{words}|of its message") for sql, words in (
         ("INSERT INTO x (a) VALUES (random())", "random"), ("INSERT INTO x (a) VALUES (datetime())", "clock"),
         ("INSERT INTO x (a) VALUES (date(NEW.body ->> 'day'))", "received_at"), ("INSERT INTO x (a) VALUES (current_time)", "clock"),
         ("INSERT INTO x (a) VALUES (strftime('%s', NEW.body))", "received_at"), ("INSERT INTO x (a) VALUES (changes())", "counts"),
-        ("SELECT RAISE(ABORT, \"words\")", "single quotes"),
+        ("SELECT RAISE(ABORT, \"words\")", "single quotes"), ("INSERT INTO x (a) VALUES (sqlite_version())", "version"),
         ("INSERT INTO x (a) VALUES (strftime('%H', NEW.received_at, 'localtime'))", "clock"),
         ("INSERT INTO x (a) VALUES (date(NEW.received_at, NEW.body ->> 'by'))", "received_at"),
+        ("INSERT INTO x SELECT m.id, 1 FROM messages AS m", "ORDER BY"), ("REPLACE INTO x (a) SELECT id FROM messages", "ORDER BY"),
+        ("INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body) AS j JOIN messages", "ORDER BY"),
+        ("INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body) AS j, messages", "ORDER BY"),
+        ("INSERT INTO x (a) VALUES ((SELECT a FROM x LIMIT 1))", "LIMIT"), ("UPDATE x SET a = (SELECT id FROM messages LIMIT 1)", "LIMIT"),
+        ("INSERT INTO x (a) SELECT a FROM x WHERE b IN (SELECT a FROM x ORDER BY a)", "ORDER BY"),
         ("INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '1')", "of its message"))],
 ])  # fmt: skip
 def test_rules_that_each_node_would_compute_for_itself_are_refused(more, words, tmp_path):
     (tmp_path / "schema.sql").write_text(stream_sql("messages") + more)
     schema = service.read_schema(tmp_path / "schema.sql")
     with pytest.raises(service.SetupError, match=words):
-        rqlite.require_same_in_every_node(schema)
+        same.require_same(schema)
 
 
 def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
+    """Also SQL that no message reaches."""
     (tmp_path / "schema.sql").write_text(stream_sql("messages", ", day TEXT AS (date(body ->> 'day'))") + """
-        CREATE TABLE x (a, b DEFAULT 'now');
+        CREATE TABLE x (a, b DEFAULT 'now(', c DEFAULT (1 + (2)), changes DEFAULT -1);
         CREATE VIEW last_hour AS SELECT * FROM messages WHERE received_at > datetime('now', '-1 hour');
+        CREATE TRIGGER z AFTER DELETE ON x BEGIN INSERT INTO x (a) VALUES (random()); END;
         CREATE TRIGGER y AFTER INSERT ON messages BEGIN
             INSERT INTO x (a) VALUES (strftime('%Y', NEW.received_at)), (date(NEW.received_at, '-1 day'));
-            SELECT RAISE(ABORT, 'it''s not') WHERE NEW.body = '0';
+            INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body, '$.list') AS j WHERE j.value > 1;
+            INSERT INTO x (a) SELECT NEW.id WHERE NEW.id > (SELECT max(a) FROM x);
+            INSERT INTO x (a) VALUES ((SELECT a FROM x ORDER BY a LIMIT 1));
+            INSERT INTO x (a, b) SELECT m.id, (SELECT a FROM x ORDER BY a LIMIT 1) FROM messages AS m ORDER BY m.id LIMIT 2;
+            SELECT RAISE(ABORT, 'it''s not random()') WHERE NEW.body = '0';
         END;""")  # fmt: skip
-    rqlite.require_same_in_every_node(service.read_schema(tmp_path / "schema.sql"))
+    same.require_same(service.read_schema(tmp_path / "schema.sql"))
 
 
 def test_user_and_password_are_used_and_never_told(tmp_path):
@@ -613,6 +780,107 @@ def test_nodes_with_tls(tmp_path):
     finally:
         node.kill()
         node.wait()
+
+
+README = (HERE / "cluster" / "README.md").read_text()
+
+
+def test_three_nodes_with_mutual_tls_for_both_ports(tmp_path):
+    """The flags that README gives. Without a certificate of the authority, nobody is answered."""
+    (flags,) = re.findall(r"```sh\n    (-http-cert .*?)```", README, re.DOTALL)
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    openssl(*["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem"])
+    (tmp_path / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    openssl(*["req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "a.key", "-out", "a.csr"])
+    openssl(*["x509", "-req", "-in", "a.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names", "-out", "a.pem"])
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    tls, nodes = flags.replace("\\\n", " ").split(), []
+    join = ",".join(f"localhost:{port}" for port in (4291, 4292, 4293))
+    try:
+        for n in (1, 2, 3):
+            where = ["-node-id", f"n{n}", "-http-addr", f"localhost:428{n}", "-raft-addr", f"localhost:429{n}"]
+            command = [RQLITED, "-fk", *tls, *where, "-bootstrap-expect", "3", "-join", join, str(tmp_path / f"n{n}")]
+            with open(tmp_path / f"n{n}.log", "w") as log:
+                nodes.append(subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log))
+        url = "https://localhost:4281,localhost:4282,localhost:4283"
+        trust = {"SSL_CERT_FILE": str(tmp_path / "ca.pem")}
+        mine = trust | {"INLET_NODE_CERT": str(tmp_path / "a.pem"), "INLET_NODE_KEY": str(tmp_path / "a.key")}
+        ready = [
+            "curl",
+            "-sf",
+            "--cacert",
+            "ca.pem",
+            "--cert",
+            "a.pem",
+            "--key",
+            "a.key",
+            "https://localhost:4281/readyz",
+        ]
+        wait_until(lambda: subprocess.run(ready, cwd=tmp_path, capture_output=True).returncode == 0, "no leader", 40)
+        line = [sys.executable, str(HERE / "service.py"), "--database", url, "client", "list"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30, env=os.environ | trust)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        with contextlib.closing(Server(tmp_path, "--database", url, **mine)) as server:
+            assert send(server.connect(), "GET", "/healthz")[0] == 200
+        bad = os.environ | mine | {"INLET_NODE_KEY": str(tmp_path / "ca.key")}
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30, env=bad)
+        assert (done.returncode, "INLET_NODE_CERT" in done.stderr, done.stderr.count("\n")) == (2, True, 1)
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+
+
+def test_one_node_goes_on_alone_when_the_majority_is_lost_for_good(cluster):
+    """As README says, and the others join again, empty."""
+    a, b, c = cluster.nodes
+    for n in range(20):
+        assert retried(cluster.front_ends[0].connect(), str(n), f"k{n}")
+    cluster.check_nodes()
+    for node in (b, c):
+        node.kill()
+        shutil.rmtree(node.folder)
+    assert "last_log_index" in json.loads(a.ask("/status"))["store"]["raft"]
+    a.kill()
+    (content,) = re.findall(r'`(\[\{"id": "a".*?\])`', README)
+    peers = content.replace('"a"', f'"{a.name}"').replace('"a:4002"', f'"{a.address}:4002"')
+    (a.folder / "raft" / "peers.json").write_text(peers)
+    a.start()
+    wait_until(a.is_leader, "it does not lead", 40)
+    assert retried(cluster.front_ends[1].connect(), "20", "k20")
+    for node in (b, c):
+        node.start()
+        wait_until(node.is_ready, "it does not join", 40)
+    assert [key for _, key, _ in cluster.check_nodes()] == [f"k{n}" for n in range(21)]
+    assert retried(cluster.front_ends[0].connect(), "7", "k7")
+
+
+def test_a_large_file_boots_a_node_and_the_others_join(network, tmp_path):
+    path = database(tmp_path)
+    with contextlib.closing(Server(tmp_path)) as server:
+        for n in range(5):
+            assert send(server.connect(), "POST", "/messages", str(n), Idempotency_Key=str(n))[0] == 201
+    service.backup(service.Database(path), tmp_path / "copy.db")
+    nodes = Cluster.__new__(Cluster)
+    nodes.folder, nodes.front_ends, nodes.nodes = tmp_path, [], []
+    (command,) = re.findall(r"`(curl -f http://a:4001/boot [^`]*)`", README)
+    try:
+        first = Node(1, tmp_path, ["-bootstrap-expect", "-join"])
+        nodes.nodes.append(first)
+        wait_until(first.is_leader, "it does not lead", 40)
+        subprocess.run(["sh", "-ec", command.replace("//a:", f"//{first.address}:")], cwd=tmp_path, check=True)
+        for number in (2, 3):
+            nodes.nodes.append(Node(number, tmp_path))
+            wait_until(nodes.nodes[-1].is_ready, "it does not join", 40)
+        nodes.start_front_ends()
+        assert json.loads(retried(nodes.front_ends[0].connect(), "2", "2"))["id"] == 3
+        assert json.loads(retried(nodes.front_ends[1].connect(), "5", "5"))["id"] == 6
+        assert len(nodes.check_nodes()) == 6
+    finally:
+        nodes.end()
 
 
 def test_a_cluster_without_its_scheme_is_not_taken_for_a_file(tmp_path):
@@ -733,15 +1001,20 @@ def test_migrate_leaves_what_came_meanwhile(nodes):
 
 
 class Misbehaving(http.server.BaseHTTPRequestHandler):
-    """A node that reads a request, and then does what its server says. Without an answer, it closes the connection."""
+    """A node that reads a request, and then does what its server says, which can have answers for the first requests.
+
+    Without an answer, it closes the connection.
+    """
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
-        self.close_connection = self.server.answer is None or self.server.hangs_up
+        self.close_connection = (self.server.answer is None and not self.server.answers) or self.server.hangs_up
         self.server.asked.append(self.path)
         self.rfile.read(int(self.headers["Content-Length"]))
-        if self.server.answer == "drip":
+        time.sleep(self.server.delay_s)
+        answer = self.server.answers.pop(0) if self.server.answers else self.server.answer
+        if answer == "drip":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
@@ -749,8 +1022,8 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
                 for _ in range(1000):
                     self.wfile.write(b" ")
                     time.sleep(0.1)
-        elif self.server.answer:
-            status, text = self.server.answer
+        elif answer:
+            status, text = answer
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -765,7 +1038,7 @@ def misbehaving():
     """Two nodes that answer as they are told, and the engine that asks them."""
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) for _ in range(2)]
     for server in servers:
-        server.asked, server.hangs_up = [], False
+        server.asked, server.answer, server.answers, server.hangs_up, server.delay_s = [], None, [], False, 0
         threading.Thread(target=server.serve_forever, daemon=True).start()
     cluster = service.database_at("http://" + ",".join(f"127.0.0.1:{server.server_port}" for server in servers))
     yield (*servers, cluster)
@@ -784,7 +1057,10 @@ GOOD = 200, json.dumps({"results": [{"last_insert_id": 1, "rows_affected": 1}]})
     ((200, '{"results": [1]}'), False), ((200, "[" * 9999), False), ((301, ""), True), ((401, ""), True), ((200, '{"results": [{}], "error": "leadership lost while committing log"}'), False),
     ((200, '{"error": "node failed to process Execute on remote node at b: read protobuf length: EOF"}'), False),
     ((503, "leader not found\n"), True), ((200, '{"results": [], "error": "not leader"}'), True),
-    ((200, '{"error": "node failed to process Execute on remote node at b: write protobuf bytes: broken pipe"}'), True),
+    *[((200, f'{{"error": "{text}"}}'), True) for text in ("store not open", "store not ready", "leadership transfer in progress", "timed out enqueuing operation")],
+    *[((200, f'{{"error": "node failed to process Execute on remote node at b:4002: {text}"}}'), True) for text in (
+        "pool get: dial tcp 10.0.0.1:4002: connect: connection refused", "write length: broken pipe", "write protobuf bytes: broken pipe", "store not ready", "not leader")],
+    *[((200, f'{{"error": "{text}"}}'), False) for text in ("raft is already shutdown", "no write length: x", "node failed to process Execute on remote node at b: read protobuf bytes: EOF")],
 ])  # fmt: skip
 def test_a_write_is_sent_again_only_if_it_was_certainly_not_taken(answer, is_sent_again, misbehaving):
     first, second, cluster = misbehaving
@@ -853,8 +1129,106 @@ def test_a_write_that_has_inserted_another_number_of_rows_is_not_stored(misbehav
             (200, '{"results": [{"last_insert_id": 7, "rows_affected": 2}]}'),
         ):
             second.answer = first.answer
-            with pytest.raises(sqlite3.OperationalError):
-                cluster.insert(db, [entry], "t")
+            (error,) = cluster.insert(db, [entry], "t")
+            assert "has inserted" in str(error)
+
+
+def entries_for(tmp_path, *left_s):
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    stream = service.read_schema(tmp_path / "schema.sql").streams["messages"]
+    return [service.Entry(stream, "c", None, [str(n)], deadline=time.monotonic() + s) for n, s in enumerate(left_s)]
+
+
+def inserted(cluster, entries):
+    with cluster.transaction(min(entry.deadline for entry in entries)) as db:
+        return cluster.insert(db, entries, "t")
+
+
+def test_a_message_whose_time_is_nearly_over_takes_no_time_from_its_group(misbehaving, tmp_path):
+    first, _, cluster = misbehaving
+    first.answer, first.delay_s = (200, json.dumps({"results": [{"last_insert_id": 50, "rows_affected": 50}]})), 0.3
+    results = inserted(cluster, entries_for(tmp_path, 0.1, *[10] * 49))
+    assert [each.first_id for each in results] == list(range(1, 51))
+
+
+def test_a_message_is_withdrawn_at_its_own_deadline_while_no_node_takes_it(misbehaving, tmp_path):
+    first, second, cluster = misbehaving
+    first.answer = second.answer = 503, "leader not found"
+    entries = entries_for(tmp_path, 0.3, *[10] * 49)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(inserted(cluster, entries)))
+    thread.start()
+    time.sleep(1)
+    first.answer = second.answer = 200, json.dumps({"results": [{"last_insert_id": 49, "rows_affected": 49}]})
+    thread.join(DEADLINE_S)
+    assert isinstance(found[0], rqlite.NotTaken)
+    assert [each.first_id for each in found[1:]] == list(range(1, 50))
+    assert (cluster.repeated > 2, cluster.unknown) == (True, 0)
+
+
+def test_what_the_first_request_of_a_group_has_confirmed_is_stored_whatever_becomes_of_the_second(
+    misbehaving, tmp_path
+):
+    """Two portions, two streams of which one is refused, and an answer about another number of rows."""
+    first, second, cluster = misbehaving
+    entries = entries_for(tmp_path, *[10] * 42)
+    entries[40].bodies = [json.dumps("x" * rqlite.REQUEST_BYTES)]
+    full = 200, json.dumps({"results": [{"last_insert_id": 41, "rows_affected": 41}]})
+    first.answers, first.answer, second.answer = [full], None, None
+    results = inserted(cluster, entries)
+    assert [each.first_id for each in results[:41]] == list(range(1, 42))
+    assert isinstance(results[41], sqlite3.OperationalError)
+    assert cluster.unknown == 1
+    other = service.Stream("orders", {})
+    for entry in entries[:2]:
+        entry.stream = other
+    good, bad = {"last_insert_id": 40, "rows_affected": 40}, {"error": "NOT NULL constraint failed: orders.a"}
+    entries[40].bodies = ["1"]
+    for answer in ([bad, good], [{"last_insert_id": 7, "rows_affected": 1}, good]):
+        cluster._current = 0
+        first.answers, first.answer, second.answer = [(200, json.dumps({"results": answer}))], None, None
+        results = inserted(cluster, entries)
+        assert [each.first_id for each in results[2:]] == list(range(1, 41))
+        assert all(isinstance(each, sqlite3.OperationalError) for each in results[:2])
+
+
+def test_migrate_goes_to_the_leader_and_looks_up_what_became_of_it(misbehaving, tmp_path):
+    """A node that is not the leader hands a request on for 30 s only."""
+    first, second, cluster = misbehaving
+    first.answer, second.answer = (301, ""), (200, '{"results": [{}]}')
+    cluster.execute_all([["UPDATE"]], time.monotonic() + 5, 30)
+    assert ["redirect" in path for path in (*first.asked, *second.asked)] == [True, True]
+    second.answer = 301, ""
+    with pytest.raises(rqlite.NotTaken, match="name all nodes"):
+        cluster.execute_all([["UPDATE"]], time.monotonic() + 0.5, 30)
+
+
+def test_one_message_that_is_not_found_is_looked_for_in_all_that_is_stored(misbehaving, tmp_path):
+    """A leader that was paused does not know yet what a newer one has stored."""
+    first, _, cluster = misbehaving
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    store = service.Store(cluster, service.read_schema(tmp_path / "schema.sql"))
+    empty, row = ({"results": [{"columns": ["1"], **more}]} for more in ({}, {"values": [[7, "t", "c", None, "1"]]}))
+    first.answers = [(200, json.dumps(empty)), (200, json.dumps(row))]
+    assert store.message(store.schema.streams["messages"], 7)[0] == 7
+    assert [re.search("level=([a-z]+)", path)[1] for path in first.asked] == ["weak", "linearizable"]
+    first.answers, first.asked = [(200, json.dumps(empty))], []
+    assert list(store.page(store.schema.streams["messages"], 6, 101, {})) == []
+    assert len(first.asked) == 1
+
+
+def test_reads_with_a_freshness_are_answered_by_the_node_itself(misbehaving):
+    first, second, _ = misbehaving
+    where = ",".join(f"127.0.0.1:{server.server_port}" for server in (first, second))
+    cluster = service.database_at(f"http://{where}?freshness=2s")
+    first.answer = 200, '{"error": "stale read"}'
+    second.answer = 200, '{"results": [{"columns": ["1"], "values": [[1]]}]}'
+    with cluster.reader() as db:
+        assert db.execute("SELECT 1") == [(1,)]
+    assert "level=none&freshness=2s&freshness_strict" in first.asked[0]
+    for option in ("freshness=2", "freshness=0s", "level=none", "freshness=2s&x"):
+        with pytest.raises(service.SetupError, match="freshness"):
+            service.database_at(f"http://{where}?{option}")
 
 
 def test_all_keys_of_a_group_are_looked_up_by_one_request(misbehaving):
@@ -892,9 +1266,9 @@ def test_a_child_uses_no_connection_of_its_parent(misbehaving):
     first, _, cluster = misbehaving
     first.answer = 200, '{"results": [{"columns": ["1"], "values": [[1]]}]}'
     cluster.query("SELECT 1", (), "weak", time.monotonic() + 5)
-    assert cluster._nodes[0]._idle
+    assert cluster.nodes[0]._idle
     if (child := os.fork()) == 0:
-        os._exit(cluster._nodes[0]._idle_connection() is not None)
+        os._exit(cluster.nodes[0]._idle_connection() is not None)
     assert os.waitpid(child, 0)[1] == 0
 
 

@@ -1,0 +1,243 @@
+"""What keeps the nodes of a cluster the same: require_same() asks the rules of schema.sql, Comparison asks the nodes.
+
+Each node runs each statement for itself. So a rule must not give one node something else than another one. And a node
+that could not carry out a statement, because its disk was full for a moment, goes on without it, and answers as if
+nothing were wrong.
+"""
+
+import contextlib
+import http.client
+import json
+import logging
+import re
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import service
+from service import BUSY_TIMEOUT_S, Schema, SetupError, Stream
+
+INTERVAL_S = 60.0
+COUNTED = 100_000  # of the newest rows of a stream: each node counts them while it writes nothing else
+READ = 1000  # of the newest rows of a stream
+TIMES = 3  # rows can be changed between two reads; they differ if they do so each time
+PAUSE_S = 1.0
+KEPT_S = 600  # what a comparison has written
+TABLE = '"nodes compared"'
+MAKE = f"CREATE TABLE IF NOT EXISTS {TABLE} (run TEXT, at INTEGER, stream TEXT, last_id INTEGER, newest INTEGER) STRICT"
+
+log = logging.getLogger("inlet")
+
+
+# Functions whose result can differ between nodes, and what is to be said about SQL that calls one.
+OWN_NUMBERS, OWN_CLOCK = "each node has random numbers of its own", "each node has a clock of its own"
+OF_ONE_NODE = {
+    **dict.fromkeys(("random", "randomblob"), OWN_NUMBERS),
+    **dict.fromkeys(("current_date", "current_time", "current_timestamp", "timediff"), OWN_CLOCK),
+    **dict.fromkeys(("changes", "total_changes", "last_insert_rowid"), "each node counts for itself"),
+    **dict.fromkeys(("sqlite_version", "sqlite_source_id"), "each node may have a version of its own"),
+}
+TIME = "date|time|datetime|julianday|unixepoch"
+RECEIVED_AT = r"(?:\w+ \. )?received_at(?: , '')* \)"  # and modifiers
+CALL = r"\w+(?= \()|\bcurrent_\w+"  # of a function
+# Patterns for what without_strings() returns.
+UNLIKE = (
+    (
+        rf"\b(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
+        f"{OWN_CLOCK}, and a message could say 'now': a time here is received_at, with modifiers in quotes",
+    ),
+    (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes"),
+)
+# The same for its levels().
+WITHOUT_ORDER = (
+    (r"\blimit\b", "LIMIT needs ORDER BY, or each node may take other rows"),
+    (
+        r"\binto \S+ (?:\[\] )?(?:select|with)\b.*"
+        r" from (?!json_(?:each|tree) \[\](?: as)?(?: (?!join)\w+)?(?: where .*)?$)",
+        "INSERT … SELECT … FROM needs ORDER BY, or each node may give the rows other ids",
+    ),
+)
+FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
+
+
+def require_same(schema: Schema) -> None:
+    """Raise SetupError if the nodes could compute a rule of schema.sql differently.
+
+    SQLite's authorizer tells which triggers and views a message reaches, and which functions these call:
+    https://www.sqlite.org/c3ref/set_authorizer.html
+    """
+    calls: dict[str, set[str | None]] = {}  # of functions, by the names of triggers and views
+    inserted: set[str | None] = set()  # tables, by triggers
+
+    def note(action: int, first: str | None, second: str | None, _: Any, source: str | None) -> int:
+        if source:
+            calls.setdefault(source, set()).add(second if action == sqlite3.SQLITE_FUNCTION else None)
+            inserted.add(first if action == sqlite3.SQLITE_INSERT else None)
+        return sqlite3.SQLITE_OK
+
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        for sql in schema.statements:
+            db.execute(sql)
+            text = without_strings(sql)
+            if re.match(FILLS_A_TABLE, text):
+                refuse_unlike("a statement", text, re.findall(CALL, text))
+        for made in (made for made in schema.objects.values() if made.kind == "table"):
+            for (default,) in db.execute("SELECT c.dflt_value FROM pragma_table_xinfo(?) AS c", (made.name,)):
+                if default and re.search(CALL, without_strings(default)):
+                    raise SetupError(f"{made}: on a cluster, a DEFAULT calls no function and names no clock")
+        db.set_authorizer(note)
+        for stream in (stream for stream in schema.streams.values() if stream.takes):
+            inserted.clear()
+            db.execute(*stream.explain)
+            if stream.name in inserted:
+                reason = "no trigger may insert into the table of its message"
+                raise SetupError(f"table {stream.name}: on a cluster, {reason}")
+    for made in schema.objects.values():
+        if made.kind in ("trigger", "view") and made.name in calls:
+            refuse_unlike(str(made), without_strings(made.sql), calls[made.name])
+
+
+def refuse_unlike(what: str, text: str, functions: Iterable[str | None]) -> None:
+    """Raise SetupError if each node could get something else from SQL, which calls these functions."""
+    reasons = [OF_ONE_NODE[name] for name in functions if name in OF_ONE_NODE]
+    reasons += [reason for pattern, reason in UNLIKE if re.search(pattern, text)]
+    for level in levels(text):
+        for each in level.split(" ; "):
+            if "order by" not in each:
+                reasons += [reason for pattern, reason in WITHOUT_ORDER if re.search(pattern, each)]
+    if reasons:
+        raise SetupError(f"{what}: on a cluster, {reasons[0]}")
+
+
+def levels(text: str) -> Iterator[str]:
+    """Yield what stands in each pair of parentheses, with [] for those in it, and then what stands in none."""
+    while inner := re.search(r"\([^()]*\)", text):
+        yield inner[0][1:-1]
+        text = text[: inner.start()] + "[]" + text[inner.end() :]
+    yield text
+
+
+def without_strings(sql: str) -> str:
+    """Return SQL with a space between its tokens, no quotes around names, and nothing in strings that name no clock."""
+    words = []
+    for token in service.normal(sql):
+        text = service.fold(token[1:-1])
+        if token[0] in "'\"" and text in ("now", "localtime", "utc"):
+            words.append(f"'{text}'")
+        else:
+            words.append("''" if token[0] == "'" else text if token[0] in '"`[' else token)
+    return " ".join(words)
+
+
+class Comparison:
+    """A thread that compares the nodes of a cluster once a minute, until stop().
+
+    It writes, by one entry of the Raft log, what each node has: the last id of each stream, and the number of its
+    newest rows. Each node computes that for itself, at the same place of the log. Then it is read from each node, and
+    with it the newest rows. differing: the streams in which the nodes differ.
+    """
+
+    def __init__(self, cluster: Any, schema: Schema):
+        self._cluster = cluster
+        self._streams = [stream for stream in schema.streams.values() if stream.takes]
+        self._stopped = threading.Event()
+        self._seen: dict[str, tuple[int, int]] = {}  # of streams whose rows were compared
+        self.compared = 0  # nodes, at the last time
+        self.differing: set[str] = set()
+        threading.Thread(target=self._run, name="nodes", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def measures(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
+        """Yield metrics, as Cluster.measures() does."""
+        yield "cluster_nodes", "gauge", "The nodes that --database names.", [({}, len(self._cluster.nodes))]
+        yield "cluster_nodes_compared", "gauge", "Those that were compared last time.", [({}, self.compared)]
+        differ = [({"stream": stream.name}, float(stream.name in self.differing)) for stream in self._streams]
+        yield "cluster_nodes_differ", "gauge", "Do the nodes have different rows?", differ
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self.compare()
+            except (sqlite3.Error, OSError, http.client.HTTPException) as error:
+                self.compared = 0
+                log.warning("the nodes could not be compared: %s", error)
+            self._stopped.wait(INTERVAL_S)
+
+    def compare(self) -> None:
+        """Compare the nodes that answer; sqlite3.Error if the cluster takes no writes."""
+        found = self._states()
+        self.compared = len(found)
+        for stream in self._streams:
+            states = {name: state[stream.name] for name, state in found.items() if stream.name in state}
+            if len(set(states.values())) > 1:
+                told = ", ".join(f"{name} has {state[1]} up to id {state[0]}" for name, state in states.items())
+                self._tell(stream, f"of the newest {COUNTED} messages, {told}")
+            elif states and self._seen.get(stream.name) != (state := next(iter(states.values()))):
+                if ids := self._differing_rows(stream, list(states), state[0]):
+                    self._tell(stream, f"message {min(ids)} is not the same in {', '.join(states)}")
+                else:
+                    self._seen[stream.name] = state
+                    self.differing.discard(stream.name)
+
+    def _tell(self, stream: Stream, how: str) -> None:
+        self.differing.add(stream.name)
+        log.error("the nodes differ in %s: %s (see cluster/README.md)", stream.name, how)
+
+    def _states(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Return what each node has, by its name: (last id, number of the newest rows) by the name of a stream."""
+        run, now = secrets.token_hex(8), int(time.time())
+        writes: list[list] = [[MAKE], [f"DELETE FROM {TABLE} WHERE at < ?", now - KEPT_S]]
+        for stream in self._streams:
+            last_id = "ifnull((SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = ? COLLATE NOCASE), 0)"
+            newest = f'(SELECT count(*) FROM "{stream.name}" AS t WHERE t.id > {last_id} - {COUNTED})'
+            insert = f"INSERT INTO {TABLE} SELECT ?, ?, ?, {last_id}, {newest}"
+            writes.append([insert, run, now, stream.name, stream.name, stream.name])
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        self._cluster.execute_all(writes, deadline)
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        waiting = list(self._cluster.nodes)
+        while waiting and time.monotonic() < deadline:
+            for node in waiting.copy():  # one that is behind has it a little later
+                sql = f"SELECT c.stream, c.last_id, c.newest FROM {TABLE} AS c WHERE c.run = ?"
+                rows = self._rows(node, sql, run)
+                if rows:
+                    found[node.name] = {stream: (last_id, newest) for stream, last_id, newest in rows}
+                if rows or rows is None:
+                    waiting.remove(node)
+            if waiting:
+                time.sleep(0.1)
+        return found
+
+    def _differing_rows(self, stream: Stream, names: list[str], last_id: int) -> set[int]:
+        """Return the ids of the newest rows, up to an id, that are not the same in all nodes each time."""
+        sql = (
+            "SELECT t.id, t.received_at, hex(t.client), hex(t.key), octet_length(t.body),"
+            f' hex(substr(CAST(t.body AS BLOB), -64)) FROM "{stream.name}" AS t WHERE t.id > ? AND t.id <= ?'
+        )
+        differing: set[int] = set()
+        for time_ in range(TIMES):
+            if time_:
+                time.sleep(PAUSE_S)
+            nodes = [node for node in self._cluster.nodes if node.name in names]
+            read = [self._rows(node, sql, last_id - READ, last_id) for node in nodes]
+            rows = [{row[0]: tuple(row[1:]) for row in each} for each in read if each is not None]
+            ids = {row_id for each in rows for row_id in each}
+            now = {row_id for row_id in ids if len({each.get(row_id) for each in rows}) > 1}
+            differing = now & differing if time_ else now
+            if not differing:
+                break
+        return differing
+
+    def _rows(self, node: Any, sql: str, *values: Any) -> list[list] | None:
+        """Return what one node has, whatever the others have, or None if it does not answer."""
+        with contextlib.suppress(sqlite3.Error, OSError, http.client.HTTPException):
+            body = json.dumps([[sql, *values]]).encode()
+            answer = self._cluster.ask(node, "/db/query?level=none", body, BUSY_TIMEOUT_S)[0]
+            if "error" not in answer:
+                return answer.get("values", [])
+        return None
