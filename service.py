@@ -38,7 +38,7 @@ EXTRAS
  This file, schema.sql, falcon and waitress are the whole service. Each file in extras/ adds something, and may be
  deleted: a faster server (loop, connection, http1), senders that sign or send forms, lenient batches and other answers
  (outcomes), reads that wait for the next message (waiting), /metrics, /openapi.json, the commands migrate and forward,
- a cluster (rqlite), the page.
+ a cluster (rqlite, same), the page.
 
 TO CHANGE                                     SEE
  a route, or what it answers                  the app, resources

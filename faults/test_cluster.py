@@ -792,10 +792,44 @@ def test_three_nodes_with_mutual_tls_for_both_ports(tmp_path):
     def openssl(*words):
         subprocess.run(["openssl", *words], cwd=tmp_path, check=True, capture_output=True)
 
-    openssl(*["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem"])
+    openssl(
+        *[
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=authority",
+            "-keyout",
+            "ca.key",
+            "-out",
+            "ca.pem",
+        ]
+    )
     (tmp_path / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
     openssl(*["req", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", "a.key", "-out", "a.csr"])
-    openssl(*["x509", "-req", "-in", "a.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names", "-out", "a.pem"])
+    openssl(
+        *[
+            "x509",
+            "-req",
+            "-in",
+            "a.csr",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            "names",
+            "-out",
+            "a.pem",
+        ]
+    )
     (tmp_path / "schema.sql").write_text(SCHEMA)
     tls, nodes = flags.replace("\\\n", " ").split(), []
     join = ",".join(f"localhost:{port}" for port in (4291, 4292, 4293))
