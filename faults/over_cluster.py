@@ -130,6 +130,10 @@ ELSEWHERE = {
         test_a_restored_database_with_other_rules_is_not_served
         test_a_backup_is_whole_also_right_after_a_restore
         test_a_backup_of_a_damaged_database_is_none
+        test_a_generated_column_of_another_type_than_its_own_is_no_damage
+        test_a_database_whose_link_leads_elsewhere_takes_nothing
+        test_a_process_that_serves_stores_nothing_without_headers_when_migrate_adds_them
+        test_a_lenient_batch_that_is_sent_again_reads_each_line_once
         test_metrics_can_be_read_while_the_database_cannot
         test_healthz_
         test_posts_that_come_together_share_a_commit_and_never_hold_up_a_reader
