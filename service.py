@@ -323,7 +323,8 @@ def setting(name: str, text: str) -> Any:
     default, pattern, takes = SETTINGS[name]
     kind: Any = type(default)
     if text != str(default) and not re.fullmatch(pattern, text, re.ASCII):
-        raise SetupError(f"--{name} ({variable(name)}) takes {takes}, not {text!r}")
+        given = "" if name == "database" else f", not {text!r}"  # it can hold a password
+        raise SetupError(f"--{name} ({variable(name)}) takes {takes}{given}")
     return kind(text)
 
 
@@ -401,7 +402,7 @@ def cause_of(error: Exception) -> str:
 
 def words_of(error: Exception) -> str:
     """Return what the log says of a failure: SQLite's words, without what they quote of a message."""
-    return shown(re.split("['\"]", str(error))[0], 200)[1:-1]
+    return shown(re.split(r"['\"\[]|(?<=no such column: )", str(error))[0], 200)[1:-1]
 
 
 def sqlite_error(error: Any) -> Any:
@@ -1393,7 +1394,8 @@ def number_in(text: str) -> int | float | str:
     """Return the number that a text is in JSON, as SQLite would keep it, or the text."""
     if not re.fullmatch(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", text, re.ASCII):
         return text
-    return int(text) if re.fullmatch(r"-?\d{1,19}", text) and abs(int(text)) <= MAX_ID else float(text)
+    number = int(text) if re.fullmatch(r"-?\d{1,19}", text) and abs(int(text)) <= MAX_ID else float(text)
+    return number if math.isfinite(number) else text  # a cluster cannot be asked for an infinite one
 
 
 def run_safely(work: Callable[[], object]) -> None:
@@ -1416,7 +1418,7 @@ def database_at(where: str) -> "Database":
     """Return the engine for the setting --database."""
     if where.startswith(("http://", "https://")):
         return needed("rqlite", "a cluster").Cluster(where)
-    if re.search(r"://|^https?:|^[^/]*:\d+(,|$)", where, re.IGNORECASE):  # the value can hold a password
+    if re.search(r"//|^https?:|^[^/]*:\d+(,|$)|:.*@", where, re.IGNORECASE):  # the value can hold a password
         raise SetupError("--database (INLET_DATABASE) begins with http:// or https:// if it is for a cluster")
     return Database(Path(where))
 
@@ -1535,7 +1537,8 @@ class Database:
         """Let only its owner (and its group) read a database that others can read: it has secrets of senders."""
         for path in (self.path, Path(self._wal), Path(self._shm)):
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mode & stat.S_IROTH:
+                mode = path.lstat().st_mode  # nobody has to follow a link
+                if stat.S_ISREG(mode) and mode & stat.S_IROTH:
                     try:
                         path.chmod(0o600)
                         log.warning("every user could read %s: now only its owner can", path)
@@ -1638,7 +1641,13 @@ class Database:
 
     def _lock_file(self) -> IO:
         """Open the file that is there to be locked, by its owner only: who can read it can lock it."""
-        fd = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT, mode=0o600)
+        name, flags = f"{self.path}-lock", os.O_RDWR | os.O_NOFOLLOW  # root must not write where a link leads
+        with contextlib.suppress(FileNotFoundError):
+            return open(os.open(name, flags), "r+b")
+        try:
+            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, mode=0o600)
+        except FileExistsError:
+            return self._lock_file()
         if os.geteuid() == 0 and self.path.exists():  # root makes it for the owner of the database, as SQLite its WAL
             owner = self.path.stat()
             os.fchown(fd, owner.st_uid, owner.st_gid)
@@ -2053,6 +2062,7 @@ class Clients:
         self.senders = senders.Senders() if senders else None  # that sign
         self._token_headers: frozenset[str] = senders.TOKEN_HEADERS if senders else frozenset()
         self._read_at = self._missed_at = -CLIENTS_REFRESH_S
+        self._known_until = -1.0
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -2160,9 +2170,12 @@ class Clients:
         except (sqlite3.Error, OSError) as error:
             log.error("the clients cannot be read: %s", error)
             failure = error.with_traceback(None)
-        self._failure = failure
         self._read_at = time.monotonic()
-        if failure:  # the next try comes after CLIENTS_RETRY_S
+        if not failure:
+            self._known_until = self._read_at if self._database.is_near else self._read_at + BUSY_TIMEOUT_S
+        # On a cluster, those of before may come in until there is a new leader: their messages wait for it, too.
+        self._failure = failure if self._read_at > self._known_until else None
+        if self._failure:  # the next try comes after CLIENTS_RETRY_S
             self._read_at += CLIENTS_RETRY_S - CLIENTS_REFRESH_S
         return failure
 

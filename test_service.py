@@ -1825,6 +1825,21 @@ def test_a_database_whose_link_leads_elsewhere_takes_nothing(store, tmp_path):
     assert rows(store, "SELECT count(*) FROM messages") == [(1,)]
 
 
+def test_root_writes_nothing_where_a_link_in_place_of_the_lock_leads(store, tmp_path):
+    store.close()
+    secret, lock = tmp_path / "secret", Path(f"{store.database.path}-lock")
+    secret.write_text("x")
+    lock.unlink()
+    lock.symlink_to(secret)
+    with pytest.raises(OSError, match="symbolic"), service.Database(store.database.path)._lock_file():
+        pass
+    lock.unlink()
+    lock.symlink_to(tmp_path / "new")
+    with pytest.raises(OSError, match="symbolic"), service.Database(store.database.path)._lock_file():
+        pass
+    assert (secret.read_text(), (tmp_path / "new").exists()) == ("x", False)
+
+
 def test_an_entry_without_a_message_is_no_malformed_one(store):
     assert service.malformed(service.Entry(store.schema.streams["messages"])) is None
 

@@ -7,7 +7,8 @@
 #
 # A node whose SQLite finds no room for a row goes on without it, and differs from the others from then on. So this kills
 # the node while ROOM_MIB (512) are still free. It starts the node when twice as much is free, also the first time; then
-# the node takes from the others what it has missed. It adds -fk: without that, a node checks no foreign keys.
+# the node takes from the others what it has missed. It adds -fk: without that, a node checks no foreign keys. And it ends
+# the daily PRAGMA optimize: it would give each node other statistics, and so other query plans.
 set -euo pipefail
 folder=$1
 shift
@@ -28,7 +29,7 @@ while true; do
         echo "node.sh: less than $((2 * room_mib)) MiB are free for $folder: the node is not started" >&2
         sleep 5 & wait $! || true # so that a signal is handled at once
     done
-    "${RQLITED:-rqlited}" -fk "$@" "$folder" &
+    "${RQLITED:-rqlited}" -fk -auto-optimize-int 0h "$@" "$folder" &
     node=$!
     killed=
     while kill -0 "$node" 2>/dev/null; do

@@ -20,19 +20,28 @@ if ! test -x "$RQLITED"; then
     go build -C "$here/rqlited" -trimpath -ldflags='-s -w' -o rqlited github.com/rqlite/rqlite/v8/cmd/rqlited
 fi
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+ready= pids=()
+flags() {
+    echo "-node-id n$1 -http-addr 127.0.0.1:410$1 -raft-addr 127.0.0.1:420$1" \
+        "-bootstrap-expect 3 -join 127.0.0.1:4201,127.0.0.1:4202,127.0.0.1:4203"
+}
 if ! ls -d "$folder"/n[123] >/dev/null 2>&1; then export NEW_NODE=yes; fi # not for one that was lost
 for n in 1 2 3; do
-    "$here/node.sh" "$folder/n$n" -node-id "n$n" -http-addr "127.0.0.1:410$n" -raft-addr "127.0.0.1:420$n" \
-        -bootstrap-expect 3 -join 127.0.0.1:4201,127.0.0.1:4202,127.0.0.1:4203 >"$folder/n$n.log" 2>&1 &
+    # shellcheck disable=SC2046 # several words
+    "$here/node.sh" "$folder/n$n" $(flags $n) >"$folder/n$n.log" 2>&1 &
+    pids[n]=$!
 done
 for n in 1 2 3; do
     for _ in $(seq 300); do
-        if curl -fs "http://127.0.0.1:410$n/readyz" >/dev/null; then continue 2; fi
+        if curl -fs "http://127.0.0.1:410$n/readyz" >/dev/null; then ready+=$n; continue 2; fi
+        kill -0 "${pids[n]}" 2>/dev/null || break
         sleep 0.1
     done
-    echo "node n$n does not come up; see $folder/n$n.log" >&2
-    exit 1
+    echo "node n$n does not come up; $folder/n$n.log says why. If its folder was lost, run this while the others go on:" >&2
+    echo "  curl -f -X DELETE http://127.0.0.1:410$((n % 3 + 1))/remove -d '{\"id\": \"n$n\"}' && sleep 5 &&" \
+        "NEW_NODE=yes RQLITED=$RQLITED $here/node.sh $folder/n$n $(flags $n)" >&2
 done
-echo "Three nodes are ready. Start front ends beside them, as many as you want:"
+test ${#ready} -ge 2 || exit 1
+echo "${#ready} nodes are ready. Start front ends beside them, as many as you want:"
 echo "python service.py --database http://127.0.0.1:4101,127.0.0.1:4102,127.0.0.1:4103 --listen 127.0.0.1:8080"
 wait

@@ -90,7 +90,10 @@ class Migration:
         for name in rebuilt:
             self._rebuild(old["table", name], new["table", name])
         if not self._broken:
-            self._make_what_is_new()
+            try:
+                self._make_what_is_new()
+            except UnicodeDecodeError as error:
+                raise sqlite_error(error) from None
             self._check_foreign_keys()
         return [self._line(*broken) for broken in self._broken.items()]
 

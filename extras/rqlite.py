@@ -8,7 +8,9 @@ applied it.
 import base64
 import contextlib
 import http.client
+import io
 import json
+import math
 import os
 import re
 import select
@@ -34,6 +36,7 @@ LOOK_UP_S = 60.0  # for the outcome of a migrate whose answer was lost
 BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
 PAUSE_S = 0.05  # before a node is asked again
+TRIGGERS_S = 0.5  # before the triggers are read again
 LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
 READS = re.compile(r"SELECT|EXPLAIN|PRAGMA (?!\w+ =)")
@@ -70,8 +73,8 @@ GUARD = '"must not be there when it migrates"'
 # Answers of a node that has certainly carried nothing out: store/store.go, http/service.go and cluster/client.go of
 # rqlite 8.43.4, and api.go of hashicorp/raft 1.7.3. "pool get" and "write": it could not hand a request to the leader.
 NOT_TAKEN = re.compile(
-    r"(?:node failed to process \w+ on remote node at \S+: )?(?:not leader|leader not found|store not open"
-    r"|store not ready|leadership transfer in progress|timed out enqueuing operation"
+    r"(?:node failed to process \w+ on remote node at \S+: )?(?:not leader|(?:leader address: )?leader not found"
+    r"|store not open|store not ready|leadership transfer in progress|timed out enqueuing operation"
     r"|(?:pool get|write length|write protobuf bytes): .*)",
     re.DOTALL,
 )
@@ -116,6 +119,7 @@ class Node:
         try:
             connection.sock.settimeout(timeout_s)
             connection.request(method, path, body, self._headers)
+            connection.response_class = partial(limited_response, time.monotonic() + timeout_s)
             yield connection.getresponse()
         except BaseException:
             connection.close()
@@ -139,6 +143,31 @@ class Node:
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop()[0].close()
+
+
+class Limited(io.RawIOBase):
+    """What http.client reads an answer from: TimeoutError when all of it takes too long, not only one part."""
+
+    def __init__(self, sock: Any, until: float):
+        self._sock, self._until = sock, until
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the answer has no end")
+        self._sock.settimeout(left_s)
+        return self._sock.recv_into(buffer)
+
+
+def limited_response(until: float, sock: Any, **more: Any) -> http.client.HTTPResponse:
+    answer: Any = Limited(sock, until)
+    return http.client.HTTPResponse(answer, **more)
 
 
 def tls_context() -> ssl.SSLContext:
@@ -233,6 +262,7 @@ class Cluster:
         self.opened = 0  # no files are open here that could be replaced
         self._current = 0  # the node that is asked
         self._comparison: Any = None
+        self._triggers, self._triggers_at = "", -math.inf  # their SQL, and when it was read
         self.repeated, self.unknown = 0, 0  # requests that were sent again; messages whose outcome is not known
 
     def __str__(self) -> str:
@@ -273,7 +303,7 @@ class Cluster:
             self._require_database()
         db: Any = Connection(self, "strong", time.monotonic() + BUSY_TIMEOUT_S)
         yield db
-        if new_schema and not service.differences(db, new_schema):
+        if new_schema and not service.is_other(db, new_schema):
             self._try_out(new_schema)
             self._comparison = self._comparison or service.extra("same").Comparison(self, new_schema)
 
@@ -531,11 +561,11 @@ class Cluster:
 
     def ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
         """Return the answers of a node. Raises NotTaken, or another error if the outcome is not known."""
-        data, until = bytearray(), time.monotonic() + timeout_s
+        data = bytearray()
         with node.request("POST", path, body, timeout_s) as answer:
             while part := answer.read1(65_536):
                 data += part
-                if time.monotonic() > until or len(data) > LARGEST_ANSWER:
+                if len(data) > LARGEST_ANSWER:
                     raise TimeoutError(f"{node.name}: the answer has no end")
             answer.close()  # read1() does not see the end
         text = data.decode(errors="replace").strip()
@@ -546,7 +576,7 @@ class Cluster:
         found = found if isinstance(found, dict) else {}
         error = str(found.get("error", text))
         answers = found.get("results")
-        if "error" not in found and isinstance(answers, list) and all(isinstance(each, dict) for each in answers):
+        if "error" not in found and isinstance(answers, list) and all(map(is_answer, answers)):
             return answers
         told = f"{node.name}: {answer.status} {error[:200]}"
         if NOT_TAKEN.fullmatch(error):
@@ -560,18 +590,22 @@ class Cluster:
         raise sqlite3.OperationalError(told)
 
     def _refusal_in(self, answer: dict[str, Any]) -> sqlite3.Error | None:
-        """Return the error in the answer to an INSERT, or None.
+        """Return the error in the answer to an INSERT, or None. Can a trigger have raised its text?
 
-        Can a trigger have raised its text? The triggers are asked for each time, because migrate can change them.
+        The triggers are read for a text that is not known, because migrate can change them, but twice a second at most.
         """
         error = error_in(answer)
         if error and not error.sqlite_errorname:
-            literal = "'" + str(error).replace("'", "''") + "'"
-            sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger' AND instr(s.sql, :literal)"
-            with contextlib.suppress(sqlite3.Error):
-                triggers = self.query(sql, {"literal": literal}, "weak", time.monotonic() + CONNECT_TIMEOUT_S)
-                if any(f"raise ( abort , {literal} )" in " ".join(service.normal(sql)) for (sql,) in triggers):
-                    error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
+            literal = str(error).replace("'", "''")
+            raises = f"raise ( abort , '{literal}' )"
+            if raises not in self._triggers and time.monotonic() > self._triggers_at + TRIGGERS_S:
+                self._triggers_at = time.monotonic()
+                sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger'"
+                with contextlib.suppress(sqlite3.Error):
+                    rows = self.query(sql, (), "weak", time.monotonic() + CONNECT_TIMEOUT_S)
+                    self._triggers = "\n".join(" ".join(service.normal(sql)) for (sql,) in rows)
+            if raises in self._triggers:
+                error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
         return error
 
 
@@ -589,6 +623,13 @@ def statement(sql: str, values: tuple | dict) -> list:
     return [sql, *values]
 
 
+def is_answer(found: Any) -> bool:
+    """Is this what a node answers to one statement?"""
+    rows = (found.get("values") or []) if isinstance(found, dict) else None
+    last_id = found.get("last_insert_id", 0) if isinstance(found, dict) else None
+    return isinstance(rows, list) and all(isinstance(row, list) for row in rows) and isinstance(last_id, int)
+
+
 def error_in(answer: dict[str, Any]) -> sqlite3.Error | None:
     """Return what SQLite would have raised, with the name of its code, or None."""
     if "error" not in answer:
@@ -600,7 +641,7 @@ def error_in(answer: dict[str, Any]) -> sqlite3.Error | None:
 
 
 def rows_in(answer: dict[str, Any]) -> Rows:
-    rows = answer.get("values", ())
+    rows = answer.get("values") or ()
     if answer.get("columns") == [ROW_AS_JSON]:
         rows = (json.loads(bytes.fromhex(text).decode(errors="replace")) for (text,) in rows)
     return Rows(map(tuple, rows))

@@ -41,7 +41,7 @@ OF_ONE_NODE = {
     **dict.fromkeys(("sqlite_version", "sqlite_source_id"), "each node may have a version of its own"),
 }
 TIME = "date|time|datetime|julianday|unixepoch"
-RECEIVED_AT = r"(?:\w+ \. )?received_at(?: , '')* \)"  # and modifiers
+RECEIVED_AT = r"(?:\w+ \. )?received_at_?(?: , '')* \)"  # and modifiers
 CALL = r"\w+(?= \()|\bcurrent_\w+"  # of a function
 # Patterns for what without_strings() returns.
 UNLIKE = (
@@ -85,6 +85,8 @@ def require_same(schema: Schema) -> None:
             if re.match(FILLS_A_TABLE, text):
                 refuse_unlike("a statement", text, re.findall(CALL, text))
         for made in (made for made in schema.objects.values() if made.kind == "table"):
+            text = without_strings(made.sql)  # SQLite takes these in a CHECK; a node that starts again runs it again
+            refuse_unlike(str(made), "", re.findall(CALL, text))
             for (default,) in db.execute("SELECT c.dflt_value FROM pragma_table_xinfo(?) AS c", (made.name,)):
                 if default and re.search(CALL, without_strings(default)):
                     raise SetupError(f"{made}: on a cluster, a DEFAULT calls no function and names no clock")
@@ -121,14 +123,20 @@ def levels(text: str) -> Iterator[str]:
 
 
 def without_strings(sql: str) -> str:
-    """Return SQL with a space between its tokens, no quotes around names, and nothing in strings that name no clock."""
+    """Return SQL with a space between its tokens, and nothing in strings that name no clock.
+
+    A name in quotes has none, and is one word; it ends with _ if it is not that of a function, to be no keyword.
+    """
     words = []
-    for token in service.normal(sql):
+    tokens = service.normal(sql)
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
         text = service.fold(token[1:-1])
         if token[0] in "'\"" and text in ("now", "localtime", "utc"):
             words.append(f"'{text}'")
+        elif token[0] in '"`[':
+            words.append(re.sub(r"\W", "_", text) + ("" if following == "(" else "_"))
         else:
-            words.append("''" if token[0] == "'" else text if token[0] in '"`[' else token)
+            words.append("''" if token[0] == "'" else token)
     return " ".join(words)
 
 
@@ -144,7 +152,6 @@ class Comparison:
         self._cluster = cluster
         self._streams = [stream for stream in schema.streams.values() if stream.takes]
         self._stopped = threading.Event()
-        self._seen: dict[str, tuple[int, int]] = {}  # of streams whose rows were compared
         self.compared = 0  # nodes, at the last time
         self.differing: set[str] = set()
         threading.Thread(target=self._run, name="nodes", daemon=True).start()
@@ -163,8 +170,8 @@ class Comparison:
         while not self._stopped.is_set():
             try:
                 self.compare()
-            except (sqlite3.Error, OSError, http.client.HTTPException) as error:
-                self.compared = 0
+            except (sqlite3.Error, OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                self.compared = 0  # the last three: a node answers something else than it was asked
                 log.warning("the nodes could not be compared: %s", error)
             self._stopped.wait(INTERVAL_S)
 
@@ -177,12 +184,11 @@ class Comparison:
             if len(set(states.values())) > 1:
                 told = ", ".join(f"{name} has {state[1]} up to id {state[0]}" for name, state in states.items())
                 self._tell(stream, f"of the newest {COUNTED} messages, {told}")
-            elif states and self._seen.get(stream.name) != (state := next(iter(states.values()))):
-                if ids := self._differing_rows(stream, list(states), state[0]):
-                    self._tell(stream, f"message {min(ids)} is not the same in {', '.join(states)}")
-                else:
-                    self._seen[stream.name] = state
-                    self.differing.discard(stream.name)
+            elif states and (how := self._differing_row(stream, list(states), max(states.values())[0])):
+                self._tell(stream, how)
+            elif stream.name in self.differing:
+                self.differing.discard(stream.name)
+                log.info("the nodes that answer (%s) are the same in %s again", ", ".join(found), stream.name)
 
     def _tell(self, stream: Stream, how: str) -> None:
         self.differing.add(stream.name)
@@ -213,31 +219,35 @@ class Comparison:
                 time.sleep(0.1)
         return found
 
-    def _differing_rows(self, stream: Stream, names: list[str], last_id: int) -> set[int]:
-        """Return the ids of the newest rows, up to an id, that are not the same in all nodes each time."""
+    def _differing_row(self, stream: Stream, names: list[str], last_id: int) -> str:
+        """Return which of the newest rows, up to an id, is not the same in all nodes each time; empty if none is."""
         sql = (
             "SELECT t.id, t.received_at, hex(t.client), hex(t.key), octet_length(t.body),"
             f' hex(substr(CAST(t.body AS BLOB), -64)) FROM "{stream.name}" AS t WHERE t.id > ? AND t.id <= ?'
         )
         differing: set[int] = set()
+        rows: dict[str, dict[int, tuple]] = {}
         for time_ in range(TIMES):
             if time_:
                 time.sleep(PAUSE_S)
             nodes = [node for node in self._cluster.nodes if node.name in names]
-            read = [self._rows(node, sql, last_id - READ, last_id) for node in nodes]
-            rows = [{row[0]: tuple(row[1:]) for row in each} for each in read if each is not None]
-            ids = {row_id for each in rows for row_id in each}
-            now = {row_id for row_id in ids if len({each.get(row_id) for each in rows}) > 1}
+            read = {node.name: self._rows(node, sql, last_id - READ, last_id) for node in nodes}
+            rows = {name: {row[0]: tuple(row[1:]) for row in each} for name, each in read.items() if each is not None}
+            ids = {row_id for each in rows.values() for row_id in each}
+            now = {row_id for row_id in ids if len({each.get(row_id) for each in rows.values()}) > 1}
             differing = now & differing if time_ else now
             if not differing:
-                break
-        return differing
+                return ""
+        first = min(differing)
+        alike: dict[tuple | None, list[str]] = {}  # the names of the nodes that have the same
+        for name, each in rows.items():
+            alike.setdefault(each.get(first), []).append(name)
+        return f"message {first} is one thing in {', and another in '.join(map(', '.join, alike.values()))}"
 
     def _rows(self, node: Any, sql: str, *values: Any) -> list[list] | None:
         """Return what one node has, whatever the others have, or None if it does not answer."""
         with contextlib.suppress(sqlite3.Error, OSError, http.client.HTTPException):
             body = json.dumps([[sql, *values]]).encode()
-            answer = self._cluster.ask(node, "/db/query?level=none", body, BUSY_TIMEOUT_S)[0]
-            if "error" not in answer:
-                return answer.get("values", [])
+            answers = self._cluster.ask(node, "/db/query?level=none", body, BUSY_TIMEOUT_S)
+            return answers[0].get("values") or []  # none if it has not come as far as the table
         return None

@@ -207,6 +207,14 @@ def test_migrate_names_a_message_whose_error_is_not_utf_8(open_store, migrate):
     assert (status, "ids 1" in errors, "ids 2" in errors) == (1, True, True)
 
 
+def test_migrate_ends_with_one_line_where_an_index_fails_with_an_error_that_is_not_utf_8(open_store, migrate):
+    store = open_store(stream_sql("messages"))
+    change(store, f"INSERT INTO messages (received_at, client, body) VALUES ('t', 'c', '{ODD_FIELDS[1]}')")
+    index = "CREATE INDEX odd ON messages (json_extract(body -> 'new', body ->> 'field'));"
+    status, _, errors = migrate(sql=stream_sql("messages") + index)
+    assert (status, errors.count("\n")) == (1, 1)
+
+
 def test_migrate_gives_a_stream_headers_and_old_messages_have_none(client, store, migrate):
     client.post("readings", READING)
     assert migrate((READINGS, f", headers TEXT{READINGS}"))[0] == 0

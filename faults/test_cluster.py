@@ -419,6 +419,38 @@ def test_a_node_that_has_forgotten_its_votes_undoes_nothing(cluster):
         assert retried(cluster.front_ends[1].connect(), '"X"', "x") == taken
 
 
+def test_start_sh_keeps_the_others_and_says_how_to_replace_a_lost_node(tmp_path):
+    (tmp_path / "data").mkdir()
+    script, log = [HERE / "cluster" / "start.sh", tmp_path / "data"], tmp_path / "log"
+
+    @contextlib.contextmanager
+    def started():
+        with open(log, "w") as file:
+            environ = os.environ | {"RQLITED": RQLITED}
+            process = subprocess.Popen(script, stdout=file, stderr=file, env=environ, start_new_session=True)
+        try:
+            wait_until(lambda: "nodes are ready" in log.read_text(), "they are not ready", 90)
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(DEADLINE_S)
+
+    with started():
+        assert "3 nodes are ready" in log.read_text()
+    shutil.rmtree(tmp_path / "data" / "n2")
+    with started():
+        assert "2 nodes are ready" in log.read_text()
+        (command,) = re.findall(r"(?m)^ +(curl .*NEW_NODE=yes.*)$", log.read_text())
+        with subprocess.Popen(
+            ["bash", "-c", command], start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        ) as again:
+            try:
+                ready = ["curl", "-sf", "http://127.0.0.1:4102/readyz?sync"]
+                wait_until(lambda: subprocess.run(ready, capture_output=True).returncode == 0, "it is not back", 40)
+            finally:
+                os.killpg(again.pid, signal.SIGTERM)
+
+
 def test_a_node_that_differs_is_told_until_it_is_replaced(cluster):
     """The row is taken out of the file of one node, behind the back of rqlite."""
     schema, database = service.read_schema(cluster.folder / "schema.sql"), service.database_at(URL)
@@ -454,7 +486,7 @@ def test_a_node_that_differs_is_told_until_it_is_replaced(cluster):
         assert remove(node, cluster.leader())
         node.start()
         cluster.check_nodes()
-        assert compared(comparison) == (3, set())
+        assert compared(comparison) == (3, set())  # also if no message has come
     database.close()
 
 
@@ -663,8 +695,11 @@ FEW = (
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    *[(f"CREATE TABLE x (a DEFAULT {default});", "table x.*DEFAULT") for default in (
+    *[(f"CREATE TABLE x (a DEFAULT {default});", "table x") for default in (
         "(random())", "CURRENT_TIMESTAMP", "(datetime('now'))", "(unixepoch())", "(strftime('%f'))", "(sqlite_version())", '("random"())', "(1 + (abs(1)))")],
+    (stream_sql("jobs", ", due TEXT AS (body ->> 'due') CHECK (due > CURRENT_TIMESTAMP)"), "table jobs.*clock"),
+    ("CREATE TABLE x (a CHECK (a > random()));", "table x.*random"), ('CREATE TABLE x (a CHECK (a > "changes"()));', "table x.*counts"),
+    ('CREATE TABLE "a b" (a UNIQUE); INSERT OR IGNORE INTO "a b" SELECT id FROM messages;', "a statement.*ORDER BY"),
     ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "a statement.*clock"),
     ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (1 + random() * 0);", "a statement.*random"),
     ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x SELECT id FROM messages;", "a statement.*ORDER BY"),
@@ -680,6 +715,7 @@ FEW = (
         ("SELECT RAISE(ABORT, \"words\")", "single quotes"), ("INSERT INTO x (a) VALUES (sqlite_version())", "version"),
         ("INSERT INTO x (a) VALUES (strftime('%H', NEW.received_at, 'localtime'))", "clock"),
         ("INSERT INTO x (a) VALUES (date(NEW.received_at, NEW.body ->> 'by'))", "received_at"),
+        ("INSERT INTO x (a) VALUES (\"date\"(NEW.body))", "received_at"), ("INSERT INTO \"x\" (\"a\") SELECT m.id FROM messages AS m", "ORDER BY"),
         ("INSERT INTO x SELECT m.id, 1 FROM messages AS m", "ORDER BY"), ("REPLACE INTO x (a) SELECT id FROM messages", "ORDER BY"),
         ("INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body) AS j JOIN messages", "ORDER BY"),
         ("INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body) AS j, messages", "ORDER BY"),
@@ -697,12 +733,13 @@ def test_rules_that_each_node_would_compute_for_itself_are_refused(more, words, 
 def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
     """Also SQL that no message reaches."""
     (tmp_path / "schema.sql").write_text(stream_sql("messages", ", day TEXT AS (date(body ->> 'day'))") + """
-        CREATE TABLE x (a, b DEFAULT 'now(', c DEFAULT (1 + (2)), changes DEFAULT -1);
+        CREATE TABLE x (a, b DEFAULT 'now(', c DEFAULT (1 + (2)), changes DEFAULT -1, "limit" CHECK ("limit" > 1), "current_time" TEXT);
         CREATE VIEW last_hour AS SELECT * FROM messages WHERE received_at > datetime('now', '-1 hour');
         CREATE TRIGGER z AFTER DELETE ON x BEGIN INSERT INTO x (a) VALUES (random()); END;
         CREATE TRIGGER y AFTER INSERT ON messages BEGIN
             INSERT INTO x (a) VALUES (strftime('%Y', NEW.received_at)), (date(NEW.received_at, '-1 day'));
             INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body, '$.list') AS j WHERE j.value > 1;
+            INSERT INTO "x" ("limit") VALUES (NEW.body), ("strftime"('%Y', NEW."received_at"));
             INSERT INTO x (a) SELECT NEW.id WHERE NEW.id > (SELECT max(a) FROM x);
             INSERT INTO x (a) VALUES ((SELECT a FROM x ORDER BY a LIMIT 1));
             INSERT INTO x (a, b) SELECT m.id, (SELECT a FROM x ORDER BY a LIMIT 1) FROM messages AS m ORDER BY m.id LIMIT 2;
@@ -737,7 +774,7 @@ def test_user_and_password_are_used_and_never_told(tmp_path):
     log = (tmp_path / "log").read_text()
     for where in (
         "http://inlet:se%3Acret@127.0.0.1:4190", "http://inlet:secret@[x:4001", "http://inlet:secret@a/path", "http://inlet:4001#secret@a",
-        "HTTP://inlet:secret@a:4001", "http://inlet:secret@a..b:4001", "http:inlet:secret@a:4001", '"http://inlet:secret@a:4001"',
+        "http://inlet:secret\n@a:4001", "inlet:secret@a", "http//inlet:secret@a", "//inlet:secret@a:1", "HTTP://inlet:secret@a:4001", "http://inlet:secret@a..b:4001", "http:inlet:secret@a:4001", '"http://inlet:secret@a:4001"',
     ):  # fmt: skip
         line = [sys.executable, str(HERE / "service.py"), "--database", where, "client", "list"]
         done = subprocess.run(line, capture_output=True, text=True, timeout=30)
@@ -1091,6 +1128,7 @@ GOOD = 200, json.dumps({"results": [{"last_insert_id": 1, "rows_affected": 1}]})
     ((200, '{"results": [1]}'), False), ((200, "[" * 9999), False), ((301, ""), True), ((401, ""), True), ((200, '{"results": [{}], "error": "leadership lost while committing log"}'), False),
     ((200, '{"error": "node failed to process Execute on remote node at b: read protobuf length: EOF"}'), False),
     ((503, "leader not found\n"), True), ((200, '{"results": [], "error": "not leader"}'), True),
+    ((500, "leader address: leader not found\n"), True),
     *[((200, f'{{"error": "{text}"}}'), True) for text in ("store not open", "store not ready", "leadership transfer in progress", "timed out enqueuing operation")],
     *[((200, f'{{"error": "node failed to process Execute on remote node at b:4002: {text}"}}'), True) for text in (
         "pool get: dial tcp 10.0.0.1:4002: connect: connection refused", "write length: broken pipe", "write protobuf bytes: broken pipe", "store not ready", "not leader")],
@@ -1150,6 +1188,92 @@ def test_a_node_that_drips_its_answer_holds_nothing_up(misbehaving):
         cluster.query("SELECT 1", (), "weak", started + 1)
     assert time.monotonic() - started < 4
     assert cluster.query("SELECT 1", (), "weak", time.monotonic() + 1) == [(1,)]
+
+
+@pytest.mark.parametrize("kind", ["head", "continue", "chunk"])
+def test_a_node_whose_head_has_no_end_holds_nothing_up(kind, misbehaving):
+    """Each byte comes in time, but not all of them together."""
+    _, second, _ = misbehaving
+    second.answer = 200, '{"results": [{"columns": ["1"], "values": [[1]]}]}'
+    head = b"HTTP/1.1 200 OK\r\n"
+    begin, part = {
+        "head": (head, b"x"), "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100), "chunk": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+    }[kind]  # fmt: skip
+
+    def trickle(listener):
+        with contextlib.suppress(OSError):
+            connection = listener.accept()[0]
+            connection.recv(65_536)
+            connection.sendall(begin)
+            while True:
+                connection.sendall(part)
+                time.sleep(0.0 if kind == "continue" else 0.2)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=trickle, args=(listener,), daemon=True).start()
+        cluster = service.database_at(f"http://127.0.0.1:{listener.getsockname()[1]},127.0.0.1:{second.server_port}")
+        started = time.monotonic()
+        with contextlib.suppress(sqlite3.Error):
+            cluster.query("SELECT 1", (), "strong", started + 2)
+        assert time.monotonic() - started < 5
+        assert cluster.query("SELECT 1", (), "strong", time.monotonic() + 2) == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "answer", ['{"values": [1]}', '{"values": 1}', '{"last_insert_id": "x", "rows_affected": 1}', ""]
+)
+def test_a_node_that_answers_nonsense_is_left_for_another(answer, misbehaving, tmp_path):
+    first, second, cluster = misbehaving
+    first.answer, second.answer = (200, f'{{"results": [{answer}]}}'), GOOD
+    for result in inserted(cluster, entries_for(tmp_path, 5)):
+        assert isinstance(result, sqlite3.Error)
+    assert inserted(cluster, entries_for(tmp_path, 5))[0].first_id == 1
+
+
+def test_a_comparison_goes_on_whatever_a_node_answers(misbehaving, tmp_path, monkeypatch):
+    first, second, cluster = misbehaving
+    monkeypatch.setattr(same, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(same, "BUSY_TIMEOUT_S", 0.3)
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    comparison = same.Comparison(cluster, service.read_schema(tmp_path / "schema.sql"))
+    for first.answer in (
+        (200, "{}"),
+        (200, '{"results": []}'),
+        (200, '{"results": [{"values": [[1]]}, {}, {}, {}]}'),
+        None,
+    ):
+        second.answer = first.answer
+        time.sleep(0.5)
+        asked = len(first.asked)
+        wait_until(lambda asked=asked: len(first.asked) > asked + 2, "it asks no more")
+    comparison.stop()
+
+
+def test_lines_that_triggers_refuse_cost_one_look_at_the_triggers(misbehaving, tmp_path):
+    first, _, cluster = misbehaving
+    refused = 200, json.dumps({"results": [{"error": "no"}] * 50})
+    triggers = 200, json.dumps({"results": [{"values": [["CREATE TRIGGER t ... SELECT RAISE(ABORT, 'no')"]]}]})
+    first.answers, first.answer = [(200, json.dumps({"results": [{"error": "no"}]})), triggers], refused
+    results = inserted(cluster, entries_for(tmp_path, *[5] * 50))
+    assert {each.sqlite_errorname for each in results} == {"SQLITE_CONSTRAINT_TRIGGER"}
+    assert len(first.asked) == 3
+
+
+def test_tokens_hold_while_there_is_no_leader_but_not_for_ever(misbehaving, tmp_path, monkeypatch):
+    first, second, cluster = misbehaving
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    row = ["tester", "write read", service.digest_of(TOKEN), None, None, 1]
+    first.answers = [(200, json.dumps({"results": [{"values": [values]}]})) for values in ([1, 1], row)]
+    clients = service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
+    environ = {"HTTP_AUTHORIZATION": f"Bearer {TOKEN}", "REQUEST_METHOD": "GET"}
+    assert clients.authenticate(environ).name == "tester"
+    first.answer = second.answer = 503, "leader not found"
+    clients._read_at = 0
+    assert clients.authenticate(environ).name == "tester"
+    monkeypatch.setattr(clients, "_known_until", time.monotonic())
+    clients._read_at = 0
+    with pytest.raises(service.Problem, match="try again"):
+        clients.authenticate(environ)
 
 
 def test_a_write_that_has_inserted_another_number_of_rows_is_not_stored(misbehaving, tmp_path):

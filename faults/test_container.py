@@ -167,7 +167,7 @@ def test_the_image_has_what_it_needs_and_nothing_else(clean):
     podman(*inside, "python", "-c", "import pytest", status=1)
     podman(*inside, "sh", "-c", "touch /srv/inlet/x || exit 7", status=7)
     files = podman(*inside, "find", "/srv/inlet", "-mindepth", "1", "-maxdepth", "1", "-printf", "%f ").split()
-    scripts = {"healthy.py", "restore.sh", "start.sh"}
+    scripts = {"healthy.py", "restore.py", "start.sh"}
     assert {*files} == {".venv", "extras", "requirements.txt", "schema.sql", "service.py"} | scripts
     assert "test_" not in podman(*inside, "ls", "extras")
     assert podman(*inside, "python", "service.py", "--version").startswith("Inlet ")
@@ -216,7 +216,9 @@ def test_a_volume_keeps_what_was_acknowledged_through_stops_an_upgrade_and_a_res
         podman.shell("docker stop inlet && docker rm inlet")
         if volume == "new":
             podman("volume", "rm", "messages")
-        podman.shell("docker run --rm -i -v messages:/data inlet sh restore.sh - /data/inlet.db <copy.db", cwd=tmp_path)
+        podman.shell(
+            "docker run --rm -i -v messages:/data inlet python restore.py - /data/inlet.db <copy.db", cwd=tmp_path
+        )
         start(podman, port, "inlet2")
         assert keys_in(port) == kept
     assert request(port, "POST", "/messages", other, '{"n": -3}')[0] == 201

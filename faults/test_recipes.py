@@ -70,7 +70,7 @@ def test_a_backup_is_restored_as_readme_says(tmp_path):
         with contextlib.closing(server.connect()) as connection:
             send(connection, "POST", "/messages", "3")
         server.kill()
-        restore = command_with("restore.sh copy.db").replace("deploy/", f"{HERE}/deploy/")
+        restore = command_with("restore.py copy.db").replace("deploy/", f"{HERE}/deploy/")
         path.chmod(0o640)
         subprocess.run(["sh", "-ec", restore], cwd=tmp_path, check=True, timeout=DEADLINE_S)
         assert path.stat().st_mode & 0o777 == 0o640
@@ -90,18 +90,31 @@ def test_a_backup_is_restored_as_readme_says(tmp_path):
             assert send(connection, "POST", "/messages", "2", Idempotency_Key="2")[1]["Idempotent-Replayed"] == "true"
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "cut off", "another"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut off", "a byte cut off", "another", "with a hole"])
 def test_what_is_no_whole_backup_is_not_restored(kind, tmp_path):
     copy, path = tmp_path / "copy.db", database(tmp_path)
     if kind != "missing":
         assert run(tmp_path, "backup", str(copy)).returncode == 0
-        content = {"empty": b"", "cut off": copy.read_bytes()[:8192], "another": b"x" * 50_000}[kind]
-        copy.write_bytes(content)
+        whole = copy.read_bytes()
+        contents = {"empty": b"", "cut off": whole[:8192], "a byte cut off": whole[:-1], "another": b"x" * 50_000}
+        copy.write_bytes(contents.get(kind, whole[:-4096] + bytes(4096)))
     before = path.read_bytes()
-    done = subprocess.run(["sh", HERE / "deploy/restore.sh", copy, path], capture_output=True, timeout=DEADLINE_S)
+    done = subprocess.run(["python3", HERE / "deploy/restore.py", copy, path], capture_output=True, timeout=DEADLINE_S)
     assert done.returncode > 0
     assert path.read_bytes() == before
-    assert not list(tmp_path.glob("inlet.db.*"))
+    assert not [*tmp_path.glob("inlet.db.*"), *tmp_path.glob(".restore*")]
+
+
+def test_a_restore_by_root_follows_no_link(tmp_path):
+    """That the owner of the folder has put in its way."""
+    copy, path = tmp_path / "copy.db", database(tmp_path)
+    assert run(tmp_path, "backup", str(copy)).returncode == 0
+    real = path.rename(tmp_path / "real.db")
+    path.symlink_to(real)
+    command = ["python3", HERE / "deploy/restore.py", copy, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, "is a link" in done.stderr) == (1, True)
+    assert path.is_symlink()
 
 
 OPERATING = (HERE / "deploy" / "README.md").read_text()

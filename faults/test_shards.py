@@ -98,6 +98,8 @@ def test_keys_hold_through_kills_of_one_shard_and_nobody_else_notices(shards):
 
 def test_a_client_of_another_shard_and_an_unknown_host_get_nothing(shards):
     assert shards.ask("initech", "POST", "/messages", "1", token="acme")[0] == 401
+    status, headers, _ = shards.ask("acme", "POST", "/messages", "1" * 1_200_000)
+    assert (status, headers["Content-Type"]) == (413, "application/problem+json")
     status, headers, data = shards.ask("unknown", "POST", "/messages", "1", token="acme")
     assert (status, headers["Content-Type"], json.loads(data)["status"]) == (404, "application/problem+json", 404)
     assert [sql(each / "inlet.db", "SELECT count(*) FROM messages") for each in shards.folders] == [[(0,)]] * 3
