@@ -36,6 +36,7 @@ LOOK_UP_S = 60.0  # for the outcome of a migrate whose answer was lost
 BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
 PAUSE_S = 0.05  # before a node is asked again
+HAND_ON_S = 60.0  # before the leader is looked for among the nodes again
 TRIGGERS_S = 0.5  # before the triggers are read again
 LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
@@ -82,6 +83,10 @@ NOT_TAKEN = re.compile(
 
 class NotTaken(sqlite3.OperationalError):
     """A request that was certainly not carried out, so it can be sent again."""
+
+
+class NotLeader(NotTaken):
+    """The node is not the leader, and was asked not to hand the request on."""
 
 
 class Node:
@@ -241,7 +246,7 @@ class Recorder:
 
 
 class Cluster:
-    """The nodes of a cluster. One node is asked, as long as it answers; a node forwards to the leader what it must."""
+    """The nodes of a cluster. The leader is asked, and with a freshness, for reads, one node as long as it answers."""
 
     is_near = False
 
@@ -262,6 +267,8 @@ class Cluster:
         self.opened = 0  # no files are open here that could be replaced
         self._current = 0  # the node that is asked
         self._comparison: Any = None
+        self._followers: set[int] = set()  # nodes that have said, one after the other, that they are not the leader
+        self._handed_on_until = -math.inf  # by a follower, because no node in the list is the leader
         self._triggers, self._triggers_at = "", -math.inf  # their SQL, and when it was read
         self.repeated, self.unknown = 0, 0  # requests that were sent again; messages whose outcome is not known
 
@@ -539,19 +546,29 @@ class Cluster:
         A query, and what was certainly not carried out, is sent to the next node, until the deadline, or an earlier
         time. Raises NotTaken then, or sqlite3.OperationalError for what has no known outcome.
         """
-        is_query = path.startswith("/db/query")
+        is_query, is_for_leader = path.startswith("/db/query"), "level=none" not in path
         body = json.dumps(statements, ensure_ascii=False).encode(errors="replace")
         timeout_s += len(body) / BYTES_A_SECOND
         while True:
             asked = self._current
+            # A follower would hand it on, and lose all answers if an error in one is not UTF-8 (a lone surrogate).
+            is_direct = is_for_leader and time.monotonic() > self._handed_on_until and "redirect" not in path
+            full_path = f"{path}&redirect" if is_direct else path
             try:
-                answers = self.ask(self.nodes[asked], path, body, min(deadline - time.monotonic(), timeout_s))
+                answers = self.ask(self.nodes[asked], full_path, body, min(deadline - time.monotonic(), timeout_s))
+                self._followers.clear()
                 refused = "transaction" in path and answers and "error" in answers[-1]
                 if len(answers) != len(statements) and not refused:
                     raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
                 return answers
             except (sqlite3.Error, OSError, http.client.HTTPException) as error:
                 self._current = (asked + 1) % len(self.nodes)
+                if isinstance(error, NotLeader):
+                    self._followers.add(asked)
+                else:
+                    self._followers.clear()
+                if len(self._followers) == len(self.nodes):
+                    self._handed_on_until = time.monotonic() + HAND_ON_S
                 can_repeat = is_query or isinstance(error, NotTaken)
                 if not can_repeat or time.monotonic() + PAUSE_S > (repeat_until or deadline):
                     kind = NotTaken if isinstance(error, NotTaken) else sqlite3.OperationalError
@@ -584,7 +601,7 @@ class Cluster:
         if answer.status == 401:
             raise NotTaken(f"{node.name}: the user or the password is not right, or lacks a permission")
         if answer.status == 301:  # it was asked to redirect
-            raise NotTaken(f"{node.name} is not the leader: --database has to name all nodes")
+            raise NotLeader(f"{node.name} is not the leader: --database has to name all nodes")
         if answer.status in (307, 308, 400, 403, 404, 405):
             raise NotTaken(told)
         raise sqlite3.OperationalError(told)

@@ -1361,6 +1361,30 @@ def test_migrate_goes_to_the_leader_and_looks_up_what_became_of_it(misbehaving, 
         cluster.execute_all([["UPDATE"]], time.monotonic() + 0.5, 30)
 
 
+def test_if_no_node_in_the_list_is_the_leader_they_hand_requests_on(misbehaving):
+    first, second, cluster = misbehaving
+    first.answers, second.answers, first.answer = [(301, "")], [(301, "")], GOOD
+    for _ in range(3):
+        assert cluster._send("/db/execute?noparse", [["INSERT"]], time.monotonic() + 5)
+    assert ["redirect" in path for path in first.asked] == [True, False, False, False]
+    assert ["redirect" in path for path in second.asked] == [True]
+
+
+def test_an_error_that_is_not_utf_8_fails_alone_whichever_node_leads(nodes):
+    """A follower that hands the request on would lose the answers to all."""
+    rule = ", value TEXT AS (json_extract(body -> 'new', body ->> 'field'))"
+    server = served(nodes, stream_sql("messages", rule) + stream_sql("x"))
+    for _ in range(3):
+        odd = [lambda: send(server.connect(), "POST", "/messages", r'{"field": "\ud800", "new": {}}')[0]] * 4
+        good = [lambda: send(server.connect(), "POST", "/x", "1")[0]] * 12
+        assert at_once(*odd, *good) == [422] * 4 + [201] * 12
+        leader = nodes.leader()
+        leader.kill()
+        leader.start()
+        nodes.wait_until_ready()
+        wait_until(lambda: send(server.connect(), "GET", "/healthz")[0] == 200, "it takes nothing")
+
+
 def test_one_message_that_is_not_found_is_looked_for_in_all_that_is_stored(misbehaving, tmp_path):
     """A leader that was paused does not know yet what a newer one has stored."""
     first, _, cluster = misbehaving
