@@ -26,7 +26,8 @@ GUARANTEES
  3. One Idempotency-Key of one client names at most one message or batch of a stream. A UNIQUE index decides, so a
     retry gets the first answer again, whatever threads, processes and crashes came between.
  4. 4xx: nothing was stored in the stream; do not retry unchanged. 5xx, no answer: outcome unknown; retry with the key.
- 5. Ids grow in commit order and are never used again: who follows the feed's `next` misses no message.
+ 5. Ids grow in commit order and are not used again (but after a restore): who follows the feed's `next` misses no
+    message.
 
 LIMITS
  Linux or macOS; one SQLite file on a local disk (a network file system breaks guarantee 1), or an rqlite cluster:
@@ -401,14 +402,15 @@ def cause_of(error: Exception) -> str:
 
 
 def words_of(error: Exception) -> str:
-    """Return what the log says of a failure: SQLite's words, without what they quote of a message."""
-    return shown(re.split(r"['\"\[]|(?<=no such column: )", str(error))[0], 200)[1:-1]
+    """Return the text of an error for the log. It leaves out what SQLite quotes from a message."""
+    text = re.split(r"['\"]|\[(?!Errno|SSL)|(?<=no such column: )", str(error))[0]
+    return shown(text, 200)[1:-1]  # without the quotes of repr()
 
 
 def sqlite_error(error: Any) -> Any:
-    """Return an error of the sqlite3 module. It raises UnicodeDecodeError where SQLite's words are not UTF-8.
+    """Return an error as sqlite3.Error. sqlite3 raises UnicodeDecodeError if the text of SQLite's error is not UTF-8.
 
-    They are so where they quote a lone surrogate of a message: a JSON path, or what RAISE puts together.
+    It is not where it quotes a lone surrogate of a message, such as a JSON path.
     """
     if isinstance(error, UnicodeDecodeError):
         error = sqlite3.OperationalError(bytes(error.object).decode(errors="replace"))
@@ -1124,8 +1126,8 @@ class Store:
     def _require_schema(self, db: sqlite3.Connection) -> None:
         """Once a second, raise DatabaseError if somebody has given the database rules with which it is not served.
 
-        It may have those of this process, or, after a migrate, those that schema.sql has by now. But a stream must take
-        messages as before: with headers or without, and with the CHECK of JSON, if this process leaves that to it.
+        It may have those of this process, or, after a migrate, those that schema.sql has by now. But each stream must
+        still have, or lack, `headers`, and it must keep its CHECK of JSON.
         """
         opened = self.database.opened
         if time.monotonic() < self._schema_look_at and opened == self._schema_version[0]:
@@ -1231,6 +1233,7 @@ class Store:
         if stored == sent or (entry.signed and entry.refused is None):
             return Stored(rows[0][0], rows[-1][0], rows[0][1], len(rows), replayed=True)
         if entry.refused is not None and all(sent.get(key, body) == body for key, body in stored.items()):
+            # Without a line 1, the key itself belongs to something else: only what is all there is a retry.
             has_line_1 = entry.earlier or entry.lines[0] == 1
             if has_line_1 or entry.key not in stored or sent.keys() <= stored.keys():
                 return None  # some of its lines are there
@@ -1368,7 +1371,7 @@ def stored_under_key(entry: Entry) -> tuple[str, dict[str, Any]]:
     keys = [entry.key, *map(entry.key_of, range(1, len(entry.bodies) + 1))] if is_lenient else []
     of_portion = " AND +t.key IN (SELECT j.value FROM json_each(:keys) AS j)" if is_lenient else ""
     return (
-        # +: an index on the client alone would give the rows in their order, and SQLite would read all of that client.
+        # The + stops SQLite from choosing an index on client alone: it would read every row of the client.
         f'SELECT t.id, t.received_at, t.key, t.body FROM "{entry.stream.name}" AS t'
         " WHERE t.client COLLATE BINARY = :client AND (t.key COLLATE BINARY = :key"
         f" OR t.key COLLATE BINARY > :first AND t.key COLLATE BINARY < :end){of_portion} ORDER BY +t.id LIMIT :most",
@@ -1418,7 +1421,8 @@ def database_at(where: str) -> "Database":
     """Return the engine for the setting --database."""
     if where.startswith(("http://", "https://")):
         return needed("rqlite", "a cluster").Cluster(where)
-    if re.search(r"//|^https?:|^[^/]*:\d+(,|$)|:.*@", where, re.IGNORECASE):  # the value can hold a password
+    # What looks like a mistyped URL. It is not shown, for it can hold a password.
+    if re.search(r"//|^https?:|^[^/]*:\d+(,|$)|:.*@", where, re.IGNORECASE):
         raise SetupError("--database (INLET_DATABASE) begins with http:// or https:// if it is for a cluster")
     return Database(Path(where))
 
@@ -1642,16 +1646,15 @@ class Database:
     def _lock_file(self) -> IO:
         """Open the file that is there to be locked, by its owner only: who can read it can lock it."""
         name, flags = f"{self.path}-lock", os.O_RDWR | os.O_NOFOLLOW  # root must not write where a link leads
-        with contextlib.suppress(FileNotFoundError):
-            return open(os.open(name, flags), "r+b")
-        try:
-            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, mode=0o600)
-        except FileExistsError:
-            return self._lock_file()
-        if os.geteuid() == 0 and self.path.exists():  # root makes it for the owner of the database, as SQLite its WAL
-            owner = self.path.stat()
-            os.fchown(fd, owner.st_uid, owner.st_gid)
-        return open(fd, "r+b")
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return open(os.open(name, flags), "r+b")
+            with contextlib.suppress(FileExistsError):  # another process has made it meanwhile
+                fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, mode=0o600)
+                if os.geteuid() == 0 and self.path.exists():  # SQLite does the same for the WAL
+                    owner = self.path.stat()
+                    os.fchown(fd, owner.st_uid, owner.st_gid)
+                return open(fd, "r+b")
 
     def _let_go_of_lock(self) -> None:
         if self._lock:
@@ -2062,7 +2065,7 @@ class Clients:
         self.senders = senders.Senders() if senders else None  # that sign
         self._token_headers: frozenset[str] = senders.TOKEN_HEADERS if senders else frozenset()
         self._read_at = self._missed_at = -CLIENTS_REFRESH_S
-        self._known_until = -1.0
+        self._known_at = -math.inf  # when they were read without an error
         self._failure: Exception | None = None
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
@@ -2152,7 +2155,10 @@ class Clients:
         return 0, False
 
     def read(self) -> Exception | None:
-        """Read the clients table again if it has changed. Returns the error, if any: then nobody gets in."""
+        """Read the clients table again if it has changed. Returns the error, if any.
+
+        Then nobody gets in. On a cluster, the tokens of before hold for 10 s, so that an election refuses nobody.
+        """
         failure: Exception | None = None
         try:
             with self._database.reader(CLIENTS_TIMEOUT_S) as db:
@@ -2172,9 +2178,9 @@ class Clients:
             failure = error.with_traceback(None)
         self._read_at = time.monotonic()
         if not failure:
-            self._known_until = self._read_at if self._database.is_near else self._read_at + BUSY_TIMEOUT_S
-        # On a cluster, those of before may come in until there is a new leader: their messages wait for it, too.
-        self._failure = failure if self._read_at > self._known_until else None
+            self._known_at = self._read_at
+        grace_s = 0.0 if self._database.is_near else BUSY_TIMEOUT_S
+        self._failure = failure if self._read_at >= self._known_at + grace_s else None
         if self._failure:  # the next try comes after CLIENTS_RETRY_S
             self._read_at += CLIENTS_RETRY_S - CLIENTS_REFRESH_S
         return failure
@@ -2566,7 +2572,7 @@ def envelope(stream: Stream, row: tuple, with_fields: bool = False) -> bytes:
 
 
 def in_json(body: bytes | str) -> bytes:
-    """Return a body. One of a trigger can have a NUL, behind which json_valid() does not look: it becomes a string."""
+    """Return a body as JSON. json_valid() stops at a NUL, so a trigger can store a NUL: then it becomes a string."""
     data = in_utf_8(body)
     return json_string(data.decode()).encode() if b"\0" in data else data
 

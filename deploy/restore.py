@@ -2,7 +2,8 @@
 
     python3 restore.py COPY DATABASE       with - as COPY, it is read from stdin
 
-The copy gets the owner and the mode of the database that was there. Nothing is changed if it is not whole.
+The copy gets the mode of the database that was there, and its owner, if root runs this. Nothing is changed if the copy
+is not whole.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ def main(copy: str, database: str) -> None:
     if os.path.islink(database):
         raise SystemExit(f"{database} is a link: name the file that it leads to")
     folder = os.path.dirname(database)
-    # Root works in a folder of its own, for the owner of the other one could put links in the way.
+    # Root works inside of a private folder: the owner of the other one cannot put a symlink in place of copy.db.
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=folder) as work:
         os.chdir(work)
         with open("copy.db", "xb") as new:
@@ -29,29 +30,34 @@ def main(copy: str, database: str) -> None:
             with sys.stdin.buffer if copy == "-" else open(copy, "rb") as source:
                 shutil.copyfileobj(source, new)
             with contextlib.suppress(FileNotFoundError):
-                there = os.lstat(database)
-                os.fchmod(new.fileno(), there.st_mode & 0o777)
+                old = os.lstat(database)
+                os.fchmod(new.fileno(), old.st_mode & 0o777)
                 if os.geteuid() == 0:
-                    os.fchown(new.fileno(), there.st_uid, there.st_gid)
+                    os.fchown(new.fileno(), old.st_uid, old.st_gid)
             new.flush()
             os.fsync(new.fileno())
         if damage := what_is_wrong("copy.db"):
             raise SystemExit(f"{copy} is no whole backup of Inlet ({damage}): nothing was changed")
-        before = f"{database}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-        os.mkdir(before, 0o700)
-        for name in (database, f"{database}-wal", f"{database}-shm", f"{database}-lock"):
+        old_folder = f"{database}.before-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        names = (database, f"{database}-wal", f"{database}-shm", f"{database}-lock")
+        if has_old := any(map(os.path.lexists, names)):
+            os.mkdir(old_folder, 0o700)
+        for name in names:
             with contextlib.suppress(FileNotFoundError):
-                os.rename(name, os.path.join(before, os.path.basename(name)))
+                os.rename(name, os.path.join(old_folder, os.path.basename(name)))
         os.rename("copy.db", database)
         os.chdir(folder)
-    file = os.open(folder, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
-    print(f"{database} is the backup now; what was there is in {before}")
+    folder_fd = os.open(folder, os.O_RDONLY)
+    os.fsync(folder_fd)
+    os.close(folder_fd)
+    print(f"{database} is the backup now{f'; what was there is in {old_folder}' if has_old else ''}")
 
 
 def what_is_wrong(path: str) -> str:
-    """Return why a file is no whole backup, or an empty text. A generated column may have a value of another type."""
+    """Return why a file is no whole backup, or an empty text.
+
+    quick_check also tells a value whose type differs from its column. That is no damage (require_whole in service.py).
+    """
     try:
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute("SELECT count(*) FROM clients")

@@ -36,7 +36,7 @@ LOOK_UP_S = 60.0  # for the outcome of a migrate whose answer was lost
 BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
 PAUSE_S = 0.05  # before a node is asked again
-HAND_ON_S = 60.0  # before the leader is looked for among the nodes again
+HAND_ON_S = 10.0  # before the leader is looked for among the nodes again
 TRIGGERS_S = 0.5  # before the triggers are read again
 LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
@@ -124,7 +124,7 @@ class Node:
         try:
             connection.sock.settimeout(timeout_s)
             connection.request(method, path, body, self._headers)
-            connection.response_class = partial(limited_response, time.monotonic() + timeout_s)
+            connection.response_class = partial(response_until, time.monotonic() + timeout_s)
             yield connection.getresponse()
         except BaseException:
             connection.close()
@@ -150,8 +150,8 @@ class Node:
                 self._idle.pop()[0].close()
 
 
-class Limited(io.RawIOBase):
-    """What http.client reads an answer from: TimeoutError when all of it takes too long, not only one part."""
+class DeadlineSocket(io.RawIOBase):
+    """A socket for http.client with one deadline for the whole answer. settimeout() limits only each recv()."""
 
     def __init__(self, sock: Any, until: float):
         self._sock, self._until = sock, until
@@ -170,9 +170,9 @@ class Limited(io.RawIOBase):
         return self._sock.recv_into(buffer)
 
 
-def limited_response(until: float, sock: Any, **more: Any) -> http.client.HTTPResponse:
-    answer: Any = Limited(sock, until)
-    return http.client.HTTPResponse(answer, **more)
+def response_until(deadline: float, sock: Any, **more: Any) -> http.client.HTTPResponse:
+    limited: Any = DeadlineSocket(sock, deadline)
+    return http.client.HTTPResponse(limited, **more)
 
 
 def tls_context() -> ssl.SSLContext:
@@ -212,7 +212,7 @@ class Connection:
         if READS.match(sql):
             rows = self.cluster.query(sql, values, self.level, self.deadline)
             is_of_one = isinstance(values, dict) and values.get("until") == (values.get("after") or 0) + 1
-            if not rows and is_of_one:  # it may have been stored by a newer leader
+            if not rows and is_of_one:  # a leader that was paused may not know the newest rows
                 rows = self.cluster.query(sql, values, "linearizable", self.deadline)
             return rows
         if sql == "COMMIT":
@@ -267,7 +267,6 @@ class Cluster:
         self.opened = 0  # no files are open here that could be replaced
         self._current = 0  # the node that is asked
         self._comparison: Any = None
-        self._followers: set[int] = set()  # nodes that have said, one after the other, that they are not the leader
         self._handed_on_until = -math.inf  # by a follower, because no node in the list is the leader
         self._triggers, self._triggers_at = "", -math.inf  # their SQL, and when it was read
         self.repeated, self.unknown = 0, 0  # requests that were sent again; messages whose outcome is not known
@@ -304,7 +303,7 @@ class Cluster:
         new_schema: what is made if there is nothing. Without it, SetupError is raised then.
         """
         if new_schema:
-            service.needed("same", "a cluster").require_same(new_schema)
+            service.needed("same", "a cluster").require_deterministic(new_schema)
             self._require_foreign_keys()
         else:
             self._require_database()
@@ -408,13 +407,15 @@ class Cluster:
         last = answers[-1] | {"rows_affected": len(answers)}
         return self._refusal_in(last) or results_of([entry], last, received_at)[entry]
 
-    def execute_all(self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S) -> None:
+    def execute_all(
+        self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S, leader_only: bool = False
+    ) -> None:
         """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known.
 
-        timeout_s: a node waits 30 s for the leader. What can take longer is sent to the leader itself.
+        timeout_s: how long a node may take. leader_only: no node hands it on, because that ends after 30 s.
         """
         if writes:
-            path = "/db/execute?noparse&transaction" + ("&redirect" if timeout_s > WRITE_TIMEOUT_S else "")
+            path = "/db/execute?noparse&transaction" + ("&redirect" if leader_only else "")
             answers = self._send(path, writes, deadline + timeout_s, timeout_s, repeat_until=deadline)
             if error := error_in(answers[-1]):
                 raise error
@@ -503,7 +504,7 @@ class Cluster:
 
         The copy shows which rows break a rule. The cluster copies tables of its own, with the messages that came since.
         """
-        service.needed("same", "a cluster").require_same(schema)
+        service.needed("same", "a cluster").require_deterministic(schema)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy.db"
             self.copy_to(str(copy))
@@ -521,7 +522,7 @@ class Cluster:
             guard = f'CREATE TABLE {GUARD} (found CONSTRAINT "what migrate drops is in use again" CHECK (false))'
             writes = [["PRAGMA defer_foreign_keys = ON"], [guard], *recorder.writes, [f"DROP TABLE {GUARD}"]]
             try:
-                self.execute_all(writes, time.monotonic() + BUSY_TIMEOUT_S, COPY_TIMEOUT_S)
+                self.execute_all(writes, time.monotonic() + BUSY_TIMEOUT_S, COPY_TIMEOUT_S, leader_only=True)
             except sqlite3.OperationalError as error:
                 if isinstance(error, NotTaken) or not will_change or not self._is_migrated(schema):
                     raise
@@ -549,6 +550,8 @@ class Cluster:
         is_query, is_for_leader = path.startswith("/db/query"), "level=none" not in path
         body = json.dumps(statements, ensure_ascii=False).encode(errors="replace")
         timeout_s += len(body) / BYTES_A_SECOND
+        tried: set[int] = set()
+        saw_follower = False
         while True:
             asked = self._current
             # A follower would hand it on, and lose all answers if an error in one is not UTF-8 (a lone surrogate).
@@ -556,18 +559,15 @@ class Cluster:
             full_path = f"{path}&redirect" if is_direct else path
             try:
                 answers = self.ask(self.nodes[asked], full_path, body, min(deadline - time.monotonic(), timeout_s))
-                self._followers.clear()
                 refused = "transaction" in path and answers and "error" in answers[-1]
                 if len(answers) != len(statements) and not refused:
                     raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
                 return answers
             except (sqlite3.Error, OSError, http.client.HTTPException) as error:
                 self._current = (asked + 1) % len(self.nodes)
-                if isinstance(error, NotLeader):
-                    self._followers.add(asked)
-                else:
-                    self._followers.clear()
-                if len(self._followers) == len(self.nodes):
+                tried.add(asked)
+                saw_follower = saw_follower or isinstance(error, NotLeader)
+                if saw_follower and len(tried) == len(self.nodes):  # none of them is the leader
                     self._handed_on_until = time.monotonic() + HAND_ON_S
                 can_repeat = is_query or isinstance(error, NotTaken)
                 if not can_repeat or time.monotonic() + PAUSE_S > (repeat_until or deadline):
@@ -601,13 +601,13 @@ class Cluster:
         if answer.status == 401:
             raise NotTaken(f"{node.name}: the user or the password is not right, or lacks a permission")
         if answer.status == 301:  # it was asked to redirect
-            raise NotLeader(f"{node.name} is not the leader: --database has to name all nodes")
+            raise NotLeader(f"{node.name} is not the leader")
         if answer.status in (307, 308, 400, 403, 404, 405):
             raise NotTaken(told)
         raise sqlite3.OperationalError(told)
 
     def _refusal_in(self, answer: dict[str, Any]) -> sqlite3.Error | None:
-        """Return the error in the answer to an INSERT, or None. Can a trigger have raised its text?
+        """Return the error in the answer to an INSERT, or None. It has its name also if a trigger has raised its text.
 
         The triggers are read for a text that is not known, because migrate can change them, but twice a second at most.
         """

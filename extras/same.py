@@ -1,8 +1,8 @@
-"""What keeps the nodes of a cluster the same: require_same() asks the rules of schema.sql, Comparison asks the nodes.
+"""What keeps the nodes of a cluster the same.
 
-Each node runs each statement for itself. So a rule must not give one node something else than another one. And a node
-that could not carry out a statement, because its disk was full for a moment, goes on without it, and answers as if
-nothing were wrong.
+require_deterministic() asks the rules of schema.sql: each node runs each statement for itself, and has to get the same.
+Comparison asks the nodes: one that could not carry out a statement, because its disk was full for a moment, goes on
+without it, and answers as if nothing were wrong.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ import service
 from service import BUSY_TIMEOUT_S, Schema, SetupError, Stream
 
 INTERVAL_S = 60.0
-COUNTED = 100_000  # of the newest rows of a stream: each node counts them while it writes nothing else
-READ = 1000  # of the newest rows of a stream
-TIMES = 3  # rows can be changed between two reads; they differ if they do so each time
+COUNTED = 100_000  # newest rows of each stream; a node writes nothing else while it counts
+READ = 1000  # newest rows of each stream
+TIMES = 3  # a row differs only if it does so in each of three reads: it may be changed between two
 PAUSE_S = 1.0
-KEPT_S = 600  # what a comparison has written
+KEPT_S = 600  # then the rows of a comparison are deleted
 TABLE = '"nodes compared"'
 MAKE = f"CREATE TABLE IF NOT EXISTS {TABLE} (run TEXT, at INTEGER, stream TEXT, last_id INTEGER, newest INTEGER) STRICT"
 
@@ -34,7 +34,7 @@ log = logging.getLogger("inlet")
 
 # Functions whose result can differ between nodes, and what is to be said about SQL that calls one.
 OWN_NUMBERS, OWN_CLOCK = "each node has random numbers of its own", "each node has a clock of its own"
-OF_ONE_NODE = {
+NONDETERMINISTIC_FUNCTIONS = {
     **dict.fromkeys(("random", "randomblob"), OWN_NUMBERS),
     **dict.fromkeys(("current_date", "current_time", "current_timestamp", "timediff"), OWN_CLOCK),
     **dict.fromkeys(("changes", "total_changes", "last_insert_rowid"), "each node counts for itself"),
@@ -43,15 +43,15 @@ OF_ONE_NODE = {
 TIME = "date|time|datetime|julianday|unixepoch"
 RECEIVED_AT = r"(?:\w+ \. )?received_at_?(?: , '')* \)"  # and modifiers
 CALL = r"\w+(?= \()|\bcurrent_\w+"  # of a function
-# Patterns for what without_strings() returns.
-UNLIKE = (
+# Patterns for what without_strings() returns, such as: strftime ( '' , new . received_at )
+NONDETERMINISTIC = (
     (
         rf"\b(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
         f"{OWN_CLOCK}, and a message could say 'now': a time here is received_at, with modifiers in quotes",
     ),
     (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes"),
 )
-# The same for its levels().
+# The same for its levels(), such as: insert into x [] select id from messages
 WITHOUT_ORDER = (
     (r"\blimit\b", "LIMIT needs ORDER BY, or each node may take other rows"),
     (
@@ -63,7 +63,7 @@ WITHOUT_ORDER = (
 FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
 
 
-def require_same(schema: Schema) -> None:
+def require_deterministic(schema: Schema) -> None:
     """Raise SetupError if the nodes could compute a rule of schema.sql differently.
 
     SQLite's authorizer tells which triggers and views a message reaches, and which functions these call:
@@ -83,10 +83,11 @@ def require_same(schema: Schema) -> None:
             db.execute(sql)
             text = without_strings(sql)
             if re.match(FILLS_A_TABLE, text):
-                refuse_unlike("a statement", text, re.findall(CALL, text))
+                refuse_nondeterministic("a statement", text, re.findall(CALL, text))
         for made in (made for made in schema.objects.values() if made.kind == "table"):
-            text = without_strings(made.sql)  # SQLite takes these in a CHECK; a node that starts again runs it again
-            refuse_unlike(str(made), "", re.findall(CALL, text))
+            # SQLite allows these in a CHECK. A node that restarts replays its log, and gets another result.
+            text = without_strings(made.sql)
+            refuse_nondeterministic(str(made), "", re.findall(CALL, text))
             for (default,) in db.execute("SELECT c.dflt_value FROM pragma_table_xinfo(?) AS c", (made.name,)):
                 if default and re.search(CALL, without_strings(default)):
                     raise SetupError(f"{made}: on a cluster, a DEFAULT calls no function and names no clock")
@@ -99,13 +100,13 @@ def require_same(schema: Schema) -> None:
                 raise SetupError(f"table {stream.name}: on a cluster, {reason}")
     for made in schema.objects.values():
         if made.kind in ("trigger", "view") and made.name in calls:
-            refuse_unlike(str(made), without_strings(made.sql), calls[made.name])
+            refuse_nondeterministic(str(made), without_strings(made.sql), calls[made.name])
 
 
-def refuse_unlike(what: str, text: str, functions: Iterable[str | None]) -> None:
+def refuse_nondeterministic(what: str, text: str, functions: Iterable[str | None]) -> None:
     """Raise SetupError if each node could get something else from SQL, which calls these functions."""
-    reasons = [OF_ONE_NODE[name] for name in functions if name in OF_ONE_NODE]
-    reasons += [reason for pattern, reason in UNLIKE if re.search(pattern, text)]
+    reasons = [NONDETERMINISTIC_FUNCTIONS[name] for name in functions if name in NONDETERMINISTIC_FUNCTIONS]
+    reasons += [reason for pattern, reason in NONDETERMINISTIC if re.search(pattern, text)]
     for level in levels(text):
         for each in level.split(" ; "):
             if "order by" not in each:
@@ -123,9 +124,11 @@ def levels(text: str) -> Iterator[str]:
 
 
 def without_strings(sql: str) -> str:
-    """Return SQL with a space between its tokens, and nothing in strings that name no clock.
+    """Return SQL as words with one space between them.
 
-    A name in quotes has none, and is one word; it ends with _ if it is not that of a function, to be no keyword.
+    A string becomes '', except 'now', 'localtime' and 'utc'. A quoted name loses its quotes, and ends with _, so that
+    it is no keyword; the name of a function stays. INSERT INTO "my x" VALUES ("abs"('2')) gives
+    insert into my_x_ values ( abs ( '' ) ).
     """
     words = []
     tokens = service.normal(sql)
@@ -227,15 +230,15 @@ class Comparison:
         )
         differing: set[int] = set()
         rows: dict[str, dict[int, tuple]] = {}
-        for time_ in range(TIMES):
-            if time_:
+        for attempt in range(TIMES):
+            if attempt:
                 time.sleep(PAUSE_S)
             nodes = [node for node in self._cluster.nodes if node.name in names]
             read = {node.name: self._rows(node, sql, last_id - READ, last_id) for node in nodes}
             rows = {name: {row[0]: tuple(row[1:]) for row in each} for name, each in read.items() if each is not None}
             ids = {row_id for each in rows.values() for row_id in each}
             now = {row_id for row_id in ids if len({each.get(row_id) for each in rows.values()}) > 1}
-            differing = now & differing if time_ else now
+            differing = now & differing if attempt else now
             if not differing:
                 return ""
         first = min(differing)
