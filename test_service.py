@@ -1342,10 +1342,10 @@ def test_a_backup_of_a_damaged_database_is_none(store, command, tmp_path):
 
 
 def test_a_generated_column_of_another_type_than_its_own_is_no_damage(open_store, command, tmp_path):
-    """STRICT does not ask it. quick_check tells it, also before it tells damage."""
+    """Older versions of SQLite do not ask it in STRICT tables. quick_check tells it, also before it tells damage."""
     store = open_store(stream_sql("messages", ", n INTEGER AS (body ->> 'n')") + stream_sql("x"))
-    for _ in range(200):
-        append(store, "messages", '{"n": 99999999999999999999}')
+    statuses = {client_of(store).post("messages", '{"n": 99999999999999999999}').status_code for _ in range(200)}
+    assert statuses in ({201}, {422})  # SQLite 3.53 asks it
     assert command("backup", tmp_path / "copy.db") == (0, "", "")
     with database_of(store) as db:
         db.execute("PRAGMA ignore_check_constraints = ON")
