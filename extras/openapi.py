@@ -136,7 +136,7 @@ def report(stream: Stream) -> Json:
     """Return the path of a report."""
     rows = {"type": "array", "items": {"type": "object", "properties": {name: {} for name in stream.fields}}}
     parameters = [PAGE[0], *(parameter(name, TEXT) for name in stream.fields)]
-    parameters += [] if stream.id_place is None else [parameter("after", integer(-MAX_ID, MAX_ID))]
+    parameters += [] if stream.id_place is None else [parameter("after", integer(-MAX_ID - 1, MAX_ID))]
     page = shape(rows=rows)
     page["properties"] |= {"more": {"type": "boolean"}} | ({} if stream.id_place is None else {"next": TEXT})
     kinds = {JSON: page, NDJSON: TEXT, CSV: TEXT}
