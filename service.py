@@ -1424,7 +1424,7 @@ def database_at(where: str) -> "Database":
     if where.startswith(("http://", "https://")):
         return needed("rqlite", "a cluster").Cluster(where)
     # What looks like a mistyped URL. It is not shown, for it can hold a password.
-    if re.search(r"//|^https?:|^[^/]*:\d+(,|$)|:.*@", where, re.IGNORECASE):
+    if re.search(r"://|^https?:|^[^/]*:\d+(,|$)|:.*@", where, re.IGNORECASE):
         raise SetupError("--database (INLET_DATABASE) begins with http:// or https:// if it is for a cluster")
     return Database(Path(where))
 

@@ -69,8 +69,6 @@ FAULT = re.compile(
 )
 # What migrate has not found in the copy must not be in the cluster either: a row in this table undoes all of it.
 GUARD = '"must not be there when it migrates"'
-
-
 # Answers of a node that has certainly carried nothing out: store/store.go, http/service.go and cluster/client.go of
 # rqlite 8.43.4, and api.go of hashicorp/raft 1.7.3. "pool get" and "write": it could not hand a request to the leader.
 NOT_TAKEN = re.compile(
@@ -282,12 +280,8 @@ class Cluster:
 
     def measures(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
         """Yield metrics: the name, the type, what it is, and its values with their labels."""
-        yield (
-            "cluster_node",
-            "gauge",
-            "The node that this process asks.",
-            [({"node": self.nodes[self._current].name}, 1)],
-        )
+        asked = {"node": self.nodes[self._current].name}
+        yield "cluster_node", "gauge", "The node that this process asks.", [(asked, 1)]
         yield "cluster_repeated_total", "counter", "Requests that were sent to a node again.", [({}, self.repeated)]
         unknown = "Messages that got 503 though they may have been stored."
         yield "cluster_unknown_total", "counter", unknown, [({}, self.unknown)]

@@ -31,7 +31,6 @@ MAKE = f"CREATE TABLE IF NOT EXISTS {TABLE} (run TEXT, at INTEGER, stream TEXT, 
 
 log = logging.getLogger("inlet")
 
-
 # Functions whose result can differ between nodes, and what is to be said about SQL that calls one.
 OWN_NUMBERS, OWN_CLOCK = "each node has random numbers of its own", "each node has a clock of its own"
 NONDETERMINISTIC_FUNCTIONS = {
@@ -228,12 +227,12 @@ class Comparison:
             "SELECT t.id, t.received_at, hex(t.client), hex(t.key), octet_length(t.body),"
             f' hex(substr(CAST(t.body AS BLOB), -64)) FROM "{stream.name}" AS t WHERE t.id > ? AND t.id <= ?'
         )
+        nodes = [node for node in self._cluster.nodes if node.name in names]
         differing: set[int] = set()
         rows: dict[str, dict[int, tuple]] = {}
         for attempt in range(TIMES):
             if attempt:
                 time.sleep(PAUSE_S)
-            nodes = [node for node in self._cluster.nodes if node.name in names]
             read = {node.name: self._rows(node, sql, last_id - READ, last_id) for node in nodes}
             rows = {name: {row[0]: tuple(row[1:]) for row in each} for name, each in read.items() if each is not None}
             ids = {row_id for each in rows.values() for row_id in each}
