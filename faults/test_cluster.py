@@ -1240,7 +1240,7 @@ def test_a_comparison_goes_on_whatever_a_node_answers(misbehaving, tmp_path, mon
     for first.answer in (
         (200, "{}"),
         (200, '{"results": []}'),
-        (200, '{"results": [{"values": [[1]]}, {}, {}, {}]}'),
+        (200, '{"results": [{"values": [[1]]}, {}, {}]}'),
         None,
     ):
         second.answer = first.answer
@@ -1250,13 +1250,19 @@ def test_a_comparison_goes_on_whatever_a_node_answers(misbehaving, tmp_path, mon
     comparison.stop()
 
 
-def test_lines_that_triggers_refuse_cost_one_look_at_the_triggers(misbehaving, tmp_path):
+@pytest.mark.parametrize(("raised", "pause_s", "name"), [("no", 0, "SQLITE_CONSTRAINT_TRIGGER"), ("other", 60, "")])
+def test_lines_that_triggers_refuse_cost_one_look_at_the_triggers(
+    raised, pause_s, name, misbehaving, tmp_path, monkeypatch
+):
+    """A text that is known is not looked for again, however long ago that was, and others not at once."""
+    monkeypatch.setattr(rqlite, "TRIGGERS_S", pause_s)
     first, _, cluster = misbehaving
     refused = 200, json.dumps({"results": [{"error": "no"}] * 50})
-    triggers = 200, json.dumps({"results": [{"values": [["CREATE TRIGGER t ... SELECT RAISE(ABORT, 'no')"]]}]})
+    sql = f"CREATE TRIGGER t ... SELECT RAISE(ABORT, '{raised}')"
+    triggers = 200, json.dumps({"results": [{"values": [[sql]]}]})
     first.answers, first.answer = [(200, json.dumps({"results": [{"error": "no"}]})), triggers], refused
     results = inserted(cluster, entries_for(tmp_path, *[5] * 50))
-    assert {each.sqlite_errorname for each in results} == {"SQLITE_CONSTRAINT_TRIGGER"}
+    assert {each.sqlite_errorname for each in results} == {name}
     assert len(first.asked) == 3
 
 
