@@ -85,7 +85,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec
@@ -862,6 +862,7 @@ def is_stream(db: sqlite3.Connection, table: str) -> bool:
 
 MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
+DISORDER = timedelta(seconds=15)  # from received_at to the row, on a cluster
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
 LAST_ID_S = 0.2  # for the last ids of views, which can take a look at all rows
 ROWS_OF_BATCHES = 1000  # in one COMMIT, unless one batch has more: single messages wait for all of them
@@ -878,8 +879,10 @@ REFUSALS = {
 for name in ("UNIQUE", "PRIMARYKEY", "ROWID"):
     REFUSALS[f"SQLITE_CONSTRAINT_{name}"] = (409, "Another message has the same {subject}")
 # Such as an overflow in an expression, or what a virtual table refuses.
+CANNOT_BE_APPLIED = "A rule of this stream cannot be applied to the message"
 for name in ("ERROR", "TOOBIG", "MISMATCH", "CONSTRAINT", "CONSTRAINT_VTAB"):
-    REFUSALS[f"SQLITE_{name}"] = (422, "A rule of this stream cannot be applied to the message")
+    REFUSALS[f"SQLITE_{name}"] = (422, CANNOT_BE_APPLIED)
+MIGRATE = "run migrate (not with an old schema.sql: that would bring old rules back)"
 
 
 def utc_now() -> str:
@@ -983,7 +986,7 @@ class Store:
         self._clock = clock
         # Threads that read pages at once fight for the GIL at every row: four made 110 pages a second, and 200 in turn.
         # A read with a filter can be slow, so it does not take this lock.
-        self.page_turn = threading.Lock()
+        self.page_turn: Any = threading.Lock() if database.is_near else contextlib.nullcontext()
 
     def open(self, default_token: str = "") -> bool:
         """Open the database, or make it; SetupError if it cannot be used or differs from the schema.
@@ -1006,7 +1009,7 @@ class Store:
                 found = differences(db, self.schema)
         if any(is_serious for _, is_serious in found):
             told = "; ".join(text for text, _ in found)
-            raise SetupError(f"{database} differs from the schema ({told}): run migrate")
+            raise SetupError(f"{database} differs from {self.schema.path.name} ({told}): {MIGRATE}")
         for text, _ in found:
             log.warning("%s: run migrate", text)
         return is_new
@@ -1140,7 +1143,7 @@ class Store:
             except SetupError:
                 is_migrated = False
             if not is_migrated:
-                raise sqlite3.DatabaseError("it differs from schema.sql: run migrate")
+                raise sqlite3.DatabaseError(f"it differs from schema.sql: {MIGRATE}")
             after = {fold(stream.name): stream for stream in migrated.streams.values()}
             for stream in self.schema.streams.values():
                 new = after.get(fold(stream.name), stream)
@@ -1255,7 +1258,8 @@ class Store:
         members: dict[str, Any] = {"stream": entry.stream.name}
         if entry.line or entry.lines:
             members["line"] = entry.line or entry.lines[entry.ordinal - 1]
-        return Problem(status, self.schema.sentences.get(fold(said), words), **members)
+        reason = f"{words}: {words_of(error)}" if words == CANNOT_BE_APPLIED else ""
+        return Problem(status, self.schema.sentences.get(fold(said), words), reason=reason, **members)
 
     # Reading
 
@@ -1322,12 +1326,19 @@ class Store:
 
         None if it cannot be found in time.
         """
+        if within_s <= 0:
+            return None
         sql = "SELECT s.seq FROM sqlite_sequence AS s WHERE s.name = :name COLLATE NOCASE"
         if not stream.takes:
             sql = f'SELECT CAST(t.id AS INTEGER) FROM "{stream.name}" AS t ORDER BY t.id DESC LIMIT 1'
         with contextlib.suppress(sqlite3.DatabaseError), self.database.reader(within_s) as db:
             return (db.execute(sql, {"name": stream.name}).fetchone() or (0,))[0]
         return None
+
+    def last_ids(self, streams: Iterable[Stream]) -> dict[str, int | None]:
+        """Return the last id of each stream or view by its name, as far as they can be found in LAST_ID_S together."""
+        until = time.monotonic() + LAST_ID_S
+        return {each.name: self.last_id(each, until - time.monotonic()) for each in streams}
 
     def message(self, stream: Stream, message_id: int, with_fields: bool = False) -> tuple | None:
         """Return the row with an id, as page() has it, or None."""
@@ -1337,13 +1348,18 @@ class Store:
         """Return the largest id whose message came before a time, or `after` if that is larger.
 
         It is found by bisection in the stream (for a view: in the stream that it reads), because times grow with ids.
-        So it needs no index. Raises Problem 503 like page().
+        So it needs no index. On a cluster they do so within DISORDER, so from there on rows are looked at one by one.
+        Raises Problem 503 like page().
         """
+        moment = datetime.fromisoformat(since)
+        disorder = timedelta(0) if self.database.is_near else min(DISORDER, moment - datetime.min.replace(tzinfo=UTC))
+        early = in_utc(moment - disorder)
         began, tables = time.monotonic(), [each for each in self.schema.streams.values() if each.takes]
         read = [each for each in tables if each.sources <= stream.sources]
         table = read[0] if len(read) == 1 else stream
         columns = "CAST(t.id AS INTEGER), CAST(ifnull(t.received_at, '') AS TEXT)"
         sql = f'SELECT {columns} FROM "{table.name}" AS t WHERE t.id > ? ORDER BY t.id LIMIT 1'
+        first = f'SELECT CAST(t.id AS INTEGER) - 1 FROM "{table.name}" AS t WHERE t.id > ? AND t.received_at >= ?'
         last = self.last_id(table)
         low, high = after, MAX_ID if last is None else max(after, last)
         try:
@@ -1352,8 +1368,12 @@ class Store:
                 while low < high:
                     middle = (low + high) // 2
                     found = db.execute(sql, (middle,)).fetchone()
-                    is_before = found and found[1] < since and found[0] > middle
+                    is_before = found and found[1] < early and found[0] > middle
                     low, high = (found[0], high) if is_before else (low, middle)
+                if disorder:
+                    newest = f'SELECT max(CAST(t.id AS INTEGER)) FROM "{table.name}" AS t'
+                    row = db.execute(f"{first} ORDER BY t.id LIMIT 1", (low, since)).fetchone()
+                    low = max(low, (row or db.execute(newest).fetchone())[0] or 0)
         except sqlite3.Error as error:
             raise self._read_problem(error, stream, (), began) or error from None
         return low
@@ -2069,6 +2089,7 @@ class Clients:
         self._read_at = self._missed_at = -CLIENTS_REFRESH_S
         self._known_at = -math.inf  # when they were read without an error
         self._failure: Exception | None = None
+        self._is_repeated = False  # read(), in a thread: on a cluster, it can take seconds
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.body = None
@@ -2098,7 +2119,8 @@ class Clients:
         """Count the answer, unless it is given later."""
         context = req.context
         if not getattr(context, "is_put_off", False):
-            stream = resource.stream.name if isinstance(resource, ViewResource) else ""
+            of_path = self._streams.get(req.path) if self._failure else None  # then no resource was reached
+            stream = resource.stream.name if isinstance(resource, ViewResource) else of_path.name if of_path else ""
             client = context.client.name if context.get("client") else ""
             by = sent_by(req.env, req.env.get("HTTP_IDEMPOTENCY_KEY"))
             status = 201 if req.method == "POST" and resp.status_code == 200 else resp.status_code  # the column answer
@@ -2114,7 +2136,7 @@ class Clients:
 
         Raises Problem 401, 400 if it has two tokens, or 503 if the clients cannot be read.
         """
-        if time.monotonic() >= self._read_at + CLIENTS_REFRESH_S:
+        if not self._is_repeated and time.monotonic() >= self._read_at + CLIENTS_REFRESH_S:
             self.read()
         if self._failure:
             raise Problem(503, f"{cause_of(self._failure)} Nothing was stored: try again.")
@@ -2163,21 +2185,23 @@ class Clients:
         """
         failure: Exception | None = None
         try:
-            with self._database.reader(CLIENTS_TIMEOUT_S) as db:
-                version = None
-                with contextlib.suppress(sqlite3.OperationalError):  # an older database is in the place of this one
-                    version = self._database.opened, db.execute(CLIENTS_VERSION).fetchone()
-                if not version or version != self._version:
-                    counted = "(SELECT v.version FROM clients_version AS v)" if version else "NULL"
-                    sql = f"SELECT c.name, c.can, c.token, c.signs, c.secret, {counted} FROM clients AS c"
+            version = self._version_now()
+            if not version or version != self._version:
+                counted = "(SELECT v.version FROM clients_version AS v)" if version else "NULL"
+                sql = f"SELECT c.name, c.can, c.token, c.signs, c.secret, {counted} FROM clients AS c"
+                with self._database.reader(CLIENTS_TIMEOUT_S) as db:
                     rows = db.execute(sql).fetchall()
-                    self._keep(rows)
-                    # A node of a cluster that starts again can have older rows than the one that was asked before.
-                    is_same = version and version[1] and {row[5] for row in rows} == {version[1][0]}
-                    self._version = version if is_same else None
-        except (sqlite3.Error, OSError) as error:
+                self._keep(rows)
+                # A node of a cluster that starts again can have older rows than the one that was asked before.
+                is_same = version and version[1] and {row[5] for row in rows} == {version[1][0]}
+                self._version = version if is_same else None
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:  # the last two: a node answers nonsense
             log.error("the clients cannot be read: %s", error)
             failure = error.with_traceback(None)
+        if not self._database.is_near and not self._is_repeated:
+            engine: Any = self._database
+            engine.repeat(self.read, CLIENTS_REFRESH_S)
+            self._is_repeated = True
         self._read_at = time.monotonic()
         if not failure:
             self._known_at = self._read_at
@@ -2186,6 +2210,16 @@ class Clients:
         if self._failure:  # the next try comes after CLIENTS_RETRY_S
             self._read_at += CLIENTS_RETRY_S - CLIENTS_REFRESH_S
         return failure
+
+    def _version_now(self) -> tuple | None:
+        """Return what changes with the clients; None if an older database is in the place of this one."""
+        try:
+            with self._database.reader(CLIENTS_TIMEOUT_S) as db:
+                return self._database.opened, db.execute(CLIENTS_VERSION).fetchone()
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return None
+            raise
 
     def _keep(self, rows: list[tuple]) -> None:
         found = [(Client(name, frozenset(can.lower().split())), *of_client) for name, can, *of_client, _ in rows]
@@ -2453,7 +2487,7 @@ def read_body(environ: dict[str, Any], max_body: int) -> bytes:
             for _ in pieces(stream, READ_OF_TOO_LARGE):  # or other servers would close on a client that still sends
                 pass
             raise too_large(max_body)
-        data = stream.read(min(wanted, PIECE_BYTES))
+        data = stream.read(wanted)  # at once: in pieces, a byte would be copied three times more
         if len(data) < wanted:
             data += b"".join(pieces(stream, wanted - len(data)))
     except Problem:
@@ -2830,7 +2864,7 @@ class RootResource:
     def __init__(self, store: Store):
         self._store = store
         streams = store.schema.streams
-        self._views = {name: each for name, each in streams.items() if each.has_ids and not each.takes}
+        self._views = [each for each in streams.values() if each.has_ids and not each.takes]
         self._lock = threading.Lock()  # for what follows
         self._last_ids: dict[str, int | None] = {}  # of views
         self._stale_at = 0.0
@@ -2839,14 +2873,15 @@ class RootResource:
         preferred(req, resp, JSON)
         streams: dict[str, dict[str, Any]] = {}
         views: dict[str, dict[str, Any]] = {}
-        of_views = self._last_ids_of_views()
-        for name, stream in self._store.schema.streams.items():
+        all_streams = self._store.schema.streams
+        last_ids = self._store.last_ids(each for each in all_streams.values() if each.takes) | self._last_ids_of_views()
+        for name, stream in all_streams.items():
             actions = ("write", "read") if stream.takes else ("read",)
             can = [action for action in actions if req.context.client.can(action, stream)]
             if can:
                 found: dict[str, Any] = {"href": link(req, name), "can": can, "fields": list(stream.fields)}
                 if stream.has_ids:
-                    found["last_id"] = self._store.last_id(stream) if stream.takes else of_views[name]
+                    found["last_id"] = last_ids[name]
                 (streams if stream.takes else views)[name] = found
         resp.media = {"service": "Inlet", "version": __version__, "streams": streams, "views": views}
 
@@ -2857,10 +2892,7 @@ class RootResource:
         with self._lock:
             began = time.monotonic()
             if began > self._stale_at:
-                self._last_ids = {
-                    name: self._store.last_id(view, began + LAST_ID_S - time.monotonic())
-                    for name, view in self._views.items()
-                }
+                self._last_ids = self._store.last_ids(self._views)
                 self._stale_at = time.monotonic() + 10 * (time.monotonic() - began)
             return self._last_ids
 
@@ -2901,7 +2933,7 @@ class HealthResource:
                     self._probe, self._began_at = self._thread.submit(self._write), time.monotonic()
             self._probe.result(max(0.0, self._began_at + self.PATIENCE_S - time.monotonic()))
         except Exception as error:  # whatever it is, it must not say that all is well
-            log.error("not ready: %s: %s", type(error).__name__, error)
+            log.error("not ready: %s: %s", type(error).__name__, str(error) or "it takes too long")
             raise Problem(503, "No message can be written, or it takes too long.", alive=True, ready=False) from None
         resp.media = {"alive": True, "ready": True}
 
@@ -3031,13 +3063,13 @@ def run_loop(
     def lane_of(path: str, query: str) -> int:
         """Return which threads run a GET: probes wait for no reads, and plain pages not for slow ones."""
         name = f"{path.removeprefix(settings.prefix)}/".split("/")[1]
-        if name in ("healthz", "livez", "metrics"):
-            return 0
+        if name in ("livez", "healthz", "metrics"):
+            return 0 if name == "livez" else 1
         stream = store.schema.streams.get(name)
         is_plain = re.fullmatch(r"((after|limit|wait|fields|since)=[\w:.%-]*&?)*", query)
-        return 2 if stream and not (stream.takes and is_plain) else 1
+        return 3 if stream and not (stream.takes and is_plain) else 2
 
-    lanes = 1, max(1, settings.threads // 2), max(1, settings.threads - settings.threads // 2)
+    lanes = 1, 1, max(1, settings.threads // 2), max(1, settings.threads - settings.threads // 2)
     room, limit = max(BODIES_BYTES, 4 * settings.max_body), connection_limit(settings.threads)
     server = extra("loop").Server(
         app, listeners, clients.admit, after_turn, is_due, lane_of, lanes, settings.prefix, room, limit

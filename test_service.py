@@ -1743,6 +1743,25 @@ def test_a_message_whose_error_is_not_utf_8_fails_alone(headers, open_store, cap
     assert "unexpected" not in caplog.text
 
 
+def test_the_log_says_why_a_rule_cannot_be_applied(open_store, caplog):
+    caplog.set_level(logging.INFO)
+    client = client_of(open_store(stream_sql("messages", ", here TEXT AS (datetime(received_at, 'localtime'))")))
+    assert client.post("messages", "{}").status_code == 422
+    assert "cannot be applied to the message: non-deterministic use of datetime()" in caplog.text
+
+
+def test_a_failure_to_read_the_clients_counts_for_the_stream(store, monkeypatch):
+    """So that there is an alert."""
+    clients = service.Clients(store, 1000)
+    client = Client(service.create_app(store, clients))
+    client.post("messages", "1")
+    monkeypatch.setattr(clients, "_failure", TimeoutError())
+    monkeypatch.setattr(clients, "_read_at", math.inf)
+    assert client.post("messages", "1").status_code == 503
+    assert client.get("/nothing").status_code == 503
+    assert (store.statistics.answers["messages", 503], store.statistics.answers["", 503]) == (1, 1)
+
+
 def test_a_view_whose_error_quotes_a_message_says_so_without_it(open_store, caplog):
     columns = "SELECT id, received_at, client, key, body FROM messages WHERE"
     view = f"CREATE VIEW cheap AS {columns} json_extract(body, body ->> 'field') < 10;"

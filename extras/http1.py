@@ -345,6 +345,6 @@ class Connection:
         if chunks:
             self._chunks = None
             return bytes(chunks.content)
-        body = bytes(self._input[:size]) if is_whole else b""
+        body = bytes(memoryview(self._input)[:size]) if is_whole else b""
         del self._input[:size]
         return body

@@ -28,7 +28,7 @@ class MetricsResource:
         req.context.client.require("read")
         store, counts = self._store, self._store.statistics
         about = {"version": __version__, "sqlite": sqlite3.sqlite_version, "python": platform.python_version()}
-        last_ids = {each.name: store.last_id(each) for each in store.schema.streams.values() if each.takes}
+        last_ids = store.last_ids(each for each in store.schema.streams.values() if each.takes)
         answers = [({"stream": stream, "status": status}, n) for (stream, status), n in counts.answers.copy().items()]
         refused = [
             ({"client": client, "status": status}, n)

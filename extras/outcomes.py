@@ -162,8 +162,9 @@ def lenient_answer(entry: Entry, parts: list[Stored]) -> service.Answer:
     refused = sorted([*(entry.refused or ()), *(line for part in parts for line in part.refused)], key=line_number)
     if refused:
         first = f"line {refused[0]['line']}: {service.shown(refused[0]['detail'], 256)}"
-        told = "%d lines of %s at /%s were refused; %s"
-        service.log.info(told, len(refused), service.shown(entry.client), entry.stream.name, first)
+        key = f" (key {service.shown(entry.key)})" if entry.key else ""
+        told = "%d lines of %s at /%s were refused; %s%s"
+        service.log.info(told, len(refused), service.shown(entry.client), entry.stream.name, first, key)
     stored = [part for part in parts if part.number] or parts
     first_id, last_id = min(part.first_id for part in stored), max(part.last_id for part in stored)
     count, replayed = sum(part.number for part in parts), all(part.replayed for part in stored)

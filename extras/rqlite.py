@@ -18,8 +18,9 @@ import shutil
 import sqlite3
 import ssl
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
 IDLE_S = 20.0  # a connection that was idle for so long is not used again
 PAUSE_S = 0.05  # before a node is asked again
 HAND_ON_S = 10.0  # before the leader is looked for among the nodes again
-TRIGGERS_S = 0.5  # before the triggers are read again
+LOOK_S = 0.5  # before the triggers are read again, or a statement is compiled again
 LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
 READS = re.compile(r"SELECT|EXPLAIN|PRAGMA (?!\w+ =)")
@@ -47,7 +48,10 @@ HOST = re.compile(r"[\w:-]+(\.[\w:-]+)*\.?")
 ROW_AS_JSON = "row as JSON"  # the name of a column that has a whole row, as JSON in hexadecimal
 MADE_BY_ANOTHER = ("table clients already exists", "table clients_version already exists")
 
-# The names of SQLite's errors, by what it says: rqlite gives no names. An error without one is a 503.
+# A node that becomes a cluster of one by peers.json replays its log without foreign keys: store/state.go, RecoverNode
+CHECK_FOREIGN_KEYS = ["PRAGMA foreign_keys = ON"]
+
+# The names of SQLite's errors, by what it says: rqlite gives no names.
 ERRORS = (
     ("NOT NULL constraint failed: ", "SQLITE_CONSTRAINT_NOTNULL"),
     ("CHECK constraint failed: ", "SQLITE_CONSTRAINT_CHECK"),
@@ -153,6 +157,7 @@ class DeadlineSocket(io.RawIOBase):
 
     def __init__(self, sock: Any, until: float):
         self._sock, self._until = sock, until
+        self._file = sock.makefile("rb", buffering=0)  # http.client closes the socket when it has read a last head
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -160,12 +165,16 @@ class DeadlineSocket(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
     def readinto(self, buffer: Any) -> int:
         left_s = self._until - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("the answer has no end")
         self._sock.settimeout(left_s)
-        return self._sock.recv_into(buffer)
+        return self._file.readinto(buffer)
 
 
 def response_until(deadline: float, sock: Any, **more: Any) -> http.client.HTTPResponse:
@@ -265,18 +274,31 @@ class Cluster:
         self.opened = 0  # no files are open here that could be replaced
         self._current = 0  # the node that is asked
         self._comparison: Any = None
+        self._led_at = -math.inf  # when the leader has answered
         self._handed_on_until = -math.inf  # by a follower, because no node in the list is the leader
         self._triggers, self._triggers_at = "", -math.inf  # their SQL, and when it was read
+        self._compiled_at: dict[str, float] = {}  # when the INSERT of a stream was compiled, by its name
+        self._closed = threading.Event()
         self.repeated, self.unknown = 0, 0  # requests that were sent again; messages whose outcome is not known
 
     def __str__(self) -> str:
         return f"the cluster at {', '.join(node.name for node in self.nodes)}"
 
     def close(self) -> None:
+        self._closed.set()
         if self._comparison:
             self._comparison.stop()
         for node in self.nodes:
             node.close()
+
+    def repeat(self, read: Callable[[], object], interval_s: float) -> None:
+        """Call read() again and again in a thread, until close(): no request waits for it."""
+
+        def run() -> None:
+            while not self._closed.wait(interval_s):
+                service.run_safely(read)
+
+        threading.Thread(target=run, name="reads", daemon=True).start()
 
     def measures(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
         """Yield metrics: the name, the type, what it is, and its values with their labels."""
@@ -366,7 +388,9 @@ class Cluster:
         deadlines = [entry.deadline for entry in entries]
         statements = [insert_of(group[0].stream, rows_of(group, received_at)) for group in groups]
         try:
-            answers = self._send("/db/execute?noparse", statements, max(deadlines), repeat_until=min(deadlines))
+            _, *answers = self._send(
+                "/db/execute?noparse", [CHECK_FOREIGN_KEYS, *statements], max(deadlines), repeat_until=min(deadlines)
+            )
         except NotTaken as error:
             late = [entry for entry in entries if entry.deadline < time.monotonic() + PAUSE_S]
             results |= dict.fromkeys(late, error)
@@ -377,7 +401,7 @@ class Cluster:
             return []
         refused = []
         for group, answer in zip(groups, answers, strict=True):
-            refusal = self._refusal_in(answer)
+            refusal = self._refusal_in(answer, group[0].stream)
             if not refusal:
                 results |= results_of(group, answer, received_at)
             elif refusal.sqlite_errorname not in service.REFUSALS and FAULT.match(str(refusal)):
@@ -399,7 +423,7 @@ class Cluster:
             return error
         entry.ordinal = len(answers)  # they end at the one that was refused
         last = answers[-1] | {"rows_affected": len(answers)}
-        return self._refusal_in(last) or results_of([entry], last, received_at)[entry]
+        return self._refusal_in(last, entry.stream) or results_of([entry], last, received_at)[entry]
 
     def execute_all(
         self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S, leader_only: bool = False
@@ -481,6 +505,7 @@ class Cluster:
         while time.monotonic() < deadline:  # a node makes one copy at a time
             for node in self.nodes:
                 try:
+                    self.ask(node, "/db/query?level=none", b'["SELECT 1"]', CONNECT_TIMEOUT_S)  # or it hangs
                     with node.request("GET", "/db/backup", b"", COPY_TIMEOUT_S) as answer, open(target, "wb") as file:
                         shutil.copyfileobj(answer, file)
                     if answer.status == 200:
@@ -556,12 +581,15 @@ class Cluster:
                 refused = "transaction" in path and answers and "error" in answers[-1]
                 if len(answers) != len(statements) and not refused:
                     raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
+                if is_direct:
+                    self._led_at = time.monotonic()
                 return answers
             except (sqlite3.Error, OSError, http.client.HTTPException) as error:
                 self._current = (asked + 1) % len(self.nodes)
                 tried.add(asked)
                 saw_follower = saw_follower or isinstance(error, NotLeader)
-                if saw_follower and len(tried) == len(self.nodes):  # none of them is the leader
+                is_long_without = time.monotonic() > self._led_at + WRITE_TIMEOUT_S  # or they elect one
+                if saw_follower and len(tried) == len(self.nodes) and is_long_without:
                     self._handed_on_until = time.monotonic() + HAND_ON_S
                 can_repeat = is_query or isinstance(error, NotTaken)
                 if not can_repeat or time.monotonic() + PAUSE_S > (repeat_until or deadline):
@@ -600,24 +628,42 @@ class Cluster:
             raise NotTaken(told)
         raise sqlite3.OperationalError(told)
 
-    def _refusal_in(self, answer: dict[str, Any]) -> sqlite3.Error | None:
-        """Return the error in the answer to an INSERT, or None. It has its name also if a trigger has raised its text.
+    def _refusal_in(self, answer: dict[str, Any], stream: Stream) -> sqlite3.Error | None:
+        """Return the error in the answer to an INSERT, with the name of its code, or None.
 
-        The triggers are read for a text that is not known, because migrate can change them, but twice a second at most.
+        A text that is not in ERRORS is what a trigger has raised. Or else the message is at fault, as long as the
+        INSERT can be compiled, and the text is not that of a fault of the node.
         """
         error = error_in(answer)
         if error and not error.sqlite_errorname:
-            literal = str(error).replace("'", "''")
-            raises = f"raise ( abort , '{literal}' )"
-            if raises not in self._triggers and time.monotonic() > self._triggers_at + TRIGGERS_S:
-                self._triggers_at = time.monotonic()
-                sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger'"
-                with contextlib.suppress(sqlite3.Error):
-                    rows = self.query(sql, (), "weak", time.monotonic() + CONNECT_TIMEOUT_S)
-                    self._triggers = "\n".join(" ".join(service.normal(sql)) for (sql,) in rows)
-            if raises in self._triggers:
+            if self._is_raised(str(error)):
                 error.sqlite_errorname = "SQLITE_CONSTRAINT_TRIGGER"
+            elif not FAULT.match(str(error)) and self._can_insert(stream):
+                error.sqlite_errorname = "SQLITE_ERROR"
         return error
+
+    def _is_raised(self, text: str) -> bool:
+        """Does a trigger raise this text? They are read for one that is not known, because migrate can change them."""
+        literal = text.replace("'", "''")
+        raises = f"raise ( abort , '{literal}' )"
+        if raises not in self._triggers and time.monotonic() > self._triggers_at + LOOK_S:
+            self._triggers_at = time.monotonic()
+            sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger'"
+            with contextlib.suppress(sqlite3.Error):
+                rows = self.query(sql, (), "weak", time.monotonic() + CONNECT_TIMEOUT_S)
+                self._triggers = "\n".join(" ".join(service.normal(sql)) for (sql,) in rows)
+        return raises in self._triggers
+
+    def _can_insert(self, stream: Stream) -> bool:
+        """Can the nodes compile the INSERT of a stream?"""
+        now = time.monotonic()
+        if now > self._compiled_at.get(stream.name, -math.inf) + LOOK_S:
+            try:
+                self.execute_all([[stream.explain[0], *stream.explain[1]]], now + CONNECT_TIMEOUT_S)
+            except sqlite3.Error:
+                return False
+            self._compiled_at[stream.name] = now
+        return True
 
 
 def statement(sql: str, values: tuple | dict) -> list:

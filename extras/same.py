@@ -33,21 +33,24 @@ log = logging.getLogger("inlet")
 
 # Functions whose result can differ between nodes, and what is to be said about SQL that calls one.
 OWN_NUMBERS, OWN_CLOCK = "each node has random numbers of its own", "each node has a clock of its own"
+OWN_COUNTS = "each node counts for itself (the id of a message is NEW.id)"
 NONDETERMINISTIC_FUNCTIONS = {
     **dict.fromkeys(("random", "randomblob"), OWN_NUMBERS),
     **dict.fromkeys(("current_date", "current_time", "current_timestamp", "timediff"), OWN_CLOCK),
-    **dict.fromkeys(("changes", "total_changes", "last_insert_rowid"), "each node counts for itself"),
+    **dict.fromkeys(("changes", "total_changes", "last_insert_rowid"), OWN_COUNTS),
     **dict.fromkeys(("sqlite_version", "sqlite_source_id"), "each node may have a version of its own"),
 }
 TIME = "date|time|datetime|julianday|unixepoch"
-RECEIVED_AT = r"(?:\w+ \. )?received_at_?(?: , '')* \)"  # and modifiers
-CALL = r"\w+(?= \()|\bcurrent_\w+"  # of a function
+RECEIVED_AT = r"new \. received_at(?: , '')* \)"  # and modifiers
+NO_TABLE = "".join(f"(?<!{word} )" for word in ("table", "exists", "view", "into", "references", "with"))  # before it
+CALL = rf"\b{NO_TABLE}\w+(?= \()|\bcurrent_\w+"  # of a function
 # Patterns for what without_strings() returns, such as: strftime ( '' , new . received_at )
 NONDETERMINISTIC = (
     (
-        rf"\b(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
-        f"{OWN_CLOCK}, and a message could say 'now': a time here is received_at, with modifiers in quotes",
+        rf"\b{NO_TABLE}(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
+        f"{OWN_CLOCK}, and a message could say 'now': a time here is NEW.received_at, with modifiers in quotes",
     ),
+    (r"\bpragma_", "a pragma can tell each node something else"),
     (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes"),
 )
 # The same for its levels(), such as: insert into x [] select id from messages
@@ -68,13 +71,17 @@ def require_deterministic(schema: Schema) -> None:
     SQLite's authorizer tells which triggers and views a message reaches, and which functions these call:
     https://www.sqlite.org/c3ref/set_authorizer.html
     """
-    calls: dict[str, set[str | None]] = {}  # of functions, by the names of triggers and views
-    inserted: set[str | None] = set()  # tables, by triggers
+    calls: dict[str, set[str]] = {}  # of functions, by the names of triggers and views
+    inserted: set[str] = set()  # tables into which the triggers of one stream insert, or whose received_at they change
+    filled: set[str] = set()  # the same, of all streams
 
     def note(action: int, first: str | None, second: str | None, _: Any, source: str | None) -> int:
-        if source:
-            calls.setdefault(source, set()).add(second if action == sqlite3.SQLITE_FUNCTION else None)
-            inserted.add(first if action == sqlite3.SQLITE_INSERT else None)
+        if source:  # a trigger, a view, or WITH
+            called = calls.setdefault(service.fold(source), set())
+            if action == sqlite3.SQLITE_FUNCTION:
+                called.add(str(second))
+            elif action == sqlite3.SQLITE_INSERT or (action == sqlite3.SQLITE_UPDATE and second == "received_at"):
+                inserted.add(service.fold(str(first)))
         return sqlite3.SQLITE_OK
 
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
@@ -82,29 +89,38 @@ def require_deterministic(schema: Schema) -> None:
             db.execute(sql)
             text = without_strings(sql)
             if re.match(FILLS_A_TABLE, text):
-                refuse_nondeterministic("a statement", text, re.findall(CALL, text))
-        for made in (made for made in schema.objects.values() if made.kind == "table"):
+                refuse_nondeterministic(f"the statement {service.shown(sql)}", text, re.findall(CALL, text))
+        for made in schema.objects.values():
+            if made.kind != "table":
+                continue
             # SQLite allows these in a CHECK. A node that restarts replays its log, and gets another result.
-            text = without_strings(made.sql)
-            refuse_nondeterministic(str(made), "", re.findall(CALL, text))
+            refuse_nondeterministic(str(made), "", re.findall(CALL, without_strings(made.sql)))
             for (default,) in db.execute("SELECT c.dflt_value FROM pragma_table_xinfo(?) AS c", (made.name,)):
                 if default and re.search(CALL, without_strings(default)):
-                    raise SetupError(f"{made}: on a cluster, a DEFAULT calls no function and names no clock")
+                    reason = "a DEFAULT calls no function and names no clock: a trigger can write NEW.received_at"
+                    raise SetupError(f"{made}: on a cluster, {reason}")
         db.set_authorizer(note)
         for stream in (stream for stream in schema.streams.values() if stream.takes):
             inserted.clear()
             db.execute(*stream.explain)
-            if stream.name in inserted:
-                reason = "no trigger may insert into the table of its message"
+            if service.fold(stream.name) in inserted:
+                reason = "no trigger may insert into the table of its message, or change its received_at"
                 raise SetupError(f"table {stream.name}: on a cluster, {reason}")
+            filled |= inserted
     for made in schema.objects.values():
-        if made.kind in ("trigger", "view") and made.name in calls:
-            refuse_nondeterministic(str(made), without_strings(made.sql), calls[made.name])
+        if made.kind in ("trigger", "view") and service.fold(made.name) in calls:
+            text = without_strings(made.sql)
+            if made.table in filled:  # there, received_at can be what a message says
+                text = text.replace("new . received_at", "received_at")
+            # The authorizer tells of a function in WITH under the name that it has there.
+            functions = {*calls[service.fold(made.name)], *re.findall(CALL, text)}
+            refuse_nondeterministic(str(made), text, sorted(functions))
 
 
-def refuse_nondeterministic(what: str, text: str, functions: Iterable[str | None]) -> None:
+def refuse_nondeterministic(what: str, text: str, functions: Iterable[str]) -> None:
     """Raise SetupError if each node could get something else from SQL, which calls these functions."""
-    reasons = [NONDETERMINISTIC_FUNCTIONS[name] for name in functions if name in NONDETERMINISTIC_FUNCTIONS]
+    named = NONDETERMINISTIC_FUNCTIONS
+    reasons = [f"{function}: {named[function]}" for function in functions if function in named]
     reasons += [reason for pattern, reason in NONDETERMINISTIC if re.search(pattern, text)]
     for level in levels(text):
         for each in level.split(" ; "):

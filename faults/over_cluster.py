@@ -149,6 +149,7 @@ ELSEWHERE = {
         test_livez_is_200_as_long_as_the_process_answers
         test_a_backup_that_cannot_be_is_one_line[inlet.db-itself]
         test_since_reads_few_rows_and_says_when_it_takes_too_long
+        test_a_failure_to_read_the_clients_counts_for_the_stream
     """,
     "its servers have extras that the cluster needs deleted": """
         test_without_extras_the_rest_is_as_before

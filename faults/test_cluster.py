@@ -699,13 +699,18 @@ FEW = (
         "(random())", "CURRENT_TIMESTAMP", "(datetime('now'))", "(unixepoch())", "(strftime('%f'))", "(sqlite_version())", '("random"())', "(1 + (abs(1)))")],
     (stream_sql("jobs", ", due TEXT AS (body ->> 'due') CHECK (due > CURRENT_TIMESTAMP)"), "table jobs.*clock"),
     ("CREATE TABLE x (a CHECK (a > random()));", "table x.*random"), ('CREATE TABLE x (a CHECK (a > "changes"()));', "table x.*counts"),
-    ('CREATE TABLE "a b" (a UNIQUE); INSERT OR IGNORE INTO "a b" SELECT id FROM messages;', "a statement.*ORDER BY"),
-    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "a statement.*clock"),
-    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (1 + random() * 0);", "a statement.*random"),
-    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x SELECT id FROM messages;", "a statement.*ORDER BY"),
-    ("CREATE TABLE x AS SELECT random() AS a;", "a statement"),
+    ('CREATE TABLE "a b" (a UNIQUE); INSERT OR IGNORE INTO "a b" SELECT id FROM messages;', "the statement.*a b.*ORDER BY"),
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (date('now'));", "the statement.*clock"),
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x VALUES (1 + random() * 0);", "the statement.*random"),
+    ("CREATE TABLE x (a UNIQUE); INSERT OR IGNORE INTO x SELECT id FROM messages;", "the statement.*ORDER BY"),
+    ("CREATE TABLE x AS SELECT random() AS a;", "the statement"),
     (FEW + " CREATE VIEW fewer AS SELECT n FROM few; CREATE TRIGGER y BEFORE INSERT ON messages BEGIN SELECT RAISE(ABORT, 'wait') FROM fewer WHERE n > 9; END;", "view few.*clock"),
     (FEW + " CREATE VIEW some AS SELECT id FROM messages LIMIT 3; CREATE TRIGGER y BEFORE INSERT ON messages BEGIN DELETE FROM x WHERE a IN some; END;", "view some.*LIMIT"),
+    (FEW + " CREATE TRIGGER y BEFORE INSERT ON messages BEGIN SELECT RAISE(ABORT, 'wait') FROM \"FEW\" WHERE n > 9; END;", "view few.*clock"),
+    (stream_sql("events") + "CREATE TABLE x (a); CREATE TRIGGER y AFTER INSERT ON messages BEGIN INSERT INTO events (received_at, client, body) VALUES (NEW.body, 'c', '1'); END;"
+     "CREATE TRIGGER z AFTER INSERT ON events BEGIN INSERT INTO x VALUES (date(NEW.received_at)); END;", "trigger z.*NEW.received_at"),
+    (stream_sql("events") + "CREATE TABLE x (a); CREATE TRIGGER y AFTER INSERT ON messages BEGIN UPDATE events SET received_at = NEW.body; END;"
+     "CREATE TRIGGER z AFTER UPDATE ON events BEGIN INSERT INTO x VALUES (date(NEW.received_at)); END;", "trigger z.*NEW.received_at"),
     (stream_sql("audit") + "CREATE TRIGGER y AFTER INSERT ON messages BEGIN INSERT INTO audit (received_at, client, body) VALUES ('t', 'c', '1'); END;"
      "CREATE TRIGGER z AFTER INSERT ON audit BEGIN INSERT INTO \"Messages\" (received_at, client, body) VALUES ('t', 'c', '1'); END;", "of its message"),
     *[(f"CREATE TABLE x (a, b); CREATE TRIGGER y AFTER INSERT ON messages BEGIN {sql}; END;", f"trigger y.*{words}|of its message") for sql, words in (
@@ -715,7 +720,11 @@ FEW = (
         ("SELECT RAISE(ABORT, \"words\")", "single quotes"), ("INSERT INTO x (a) VALUES (sqlite_version())", "version"),
         ("INSERT INTO x (a) VALUES (strftime('%H', NEW.received_at, 'localtime'))", "clock"),
         ("INSERT INTO x (a) VALUES (date(NEW.received_at, NEW.body ->> 'by'))", "received_at"),
-        ("INSERT INTO x (a) VALUES (\"date\"(NEW.body))", "received_at"), ("INSERT INTO \"x\" (\"a\") SELECT m.id FROM messages AS m", "ORDER BY"),
+        ("INSERT INTO x (a) VALUES (\"date\"(NEW.body))", "received_at"), ("INSERT INTO x (a) VALUES (date(NEW.\"received_at\"))", "received_at"),
+        ("SELECT RAISE(ABORT, 'no') WHERE (WITH dice AS (SELECT random() AS r) SELECT r FROM dice) > 0", "random"),
+        ("SELECT RAISE(ABORT, 'no') WHERE NEW.body > (WITH t AS (SELECT current_timestamp AS c) SELECT c FROM t)", "clock"),
+        ("UPDATE x SET a = (SELECT date(received_at) FROM (SELECT NEW.body AS received_at))", "received_at"),
+        ("UPDATE x SET a = (SELECT file FROM pragma_database_list)", "pragma"), ("UPDATE messages SET received_at = NEW.body", "of its message"), ("INSERT INTO \"x\" (\"a\") SELECT m.id FROM messages AS m", "ORDER BY"),
         ("INSERT INTO x SELECT m.id, 1 FROM messages AS m", "ORDER BY"), ("REPLACE INTO x (a) SELECT id FROM messages", "ORDER BY"),
         ("INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body) AS j JOIN messages", "ORDER BY"),
         ("INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body) AS j, messages", "ORDER BY"),
@@ -734,12 +743,14 @@ def test_rules_that_are_the_same_in_every_node_are_taken(tmp_path):
     """Also SQL that no message reaches."""
     (tmp_path / "schema.sql").write_text(stream_sql("messages", ", day TEXT AS (date(body ->> 'day'))") + """
         CREATE TABLE x (a, b DEFAULT 'now(', c DEFAULT (1 + (2)), changes DEFAULT -1, "limit" CHECK ("limit" > 1), "current_time" TEXT);
+        CREATE TABLE changes (at UNIQUE); CREATE TABLE IF NOT EXISTS "time" (at REFERENCES changes (at));
         CREATE VIEW last_hour AS SELECT * FROM messages WHERE received_at > datetime('now', '-1 hour');
         CREATE TRIGGER z AFTER DELETE ON x BEGIN INSERT INTO x (a) VALUES (random()); END;
         CREATE TRIGGER y AFTER INSERT ON messages BEGIN
             INSERT INTO x (a) VALUES (strftime('%Y', NEW.received_at)), (date(NEW.received_at, '-1 day'));
             INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body, '$.list') AS j WHERE j.value > 1;
-            INSERT INTO "x" ("limit") VALUES (NEW.body), ("strftime"('%Y', NEW."received_at"));
+            INSERT INTO "x" ("limit") VALUES (NEW.body), ("strftime"('%Y', NEW.received_at));
+            INSERT INTO changes (at) VALUES (NEW.id); INSERT INTO time (at) VALUES (unixepoch(NEW.received_at));
             INSERT INTO x (a) SELECT NEW.id WHERE NEW.id > (SELECT max(a) FROM x);
             INSERT INTO x (a) VALUES ((SELECT a FROM x ORDER BY a LIMIT 1));
             INSERT INTO x (a, b) SELECT m.id, (SELECT a FROM x ORDER BY a LIMIT 1) FROM messages AS m ORDER BY m.id LIMIT 2;
@@ -905,9 +916,16 @@ def test_three_nodes_with_mutual_tls_for_both_ports(tmp_path):
             node.wait()
 
 
-def test_one_node_goes_on_alone_when_the_majority_is_lost_for_good(cluster):
-    """As README says, and the others join again, empty."""
-    a, b, c = cluster.nodes
+def test_one_node_goes_on_alone_when_the_majority_is_lost_for_good(nodes, monkeypatch):
+    """As README says, and the others join again, empty. rqlite replays its log without foreign keys then."""
+    product = ", product TEXT AS (body ->> 'product') REFERENCES products (name)"
+    products = "CREATE TABLE products (name TEXT PRIMARY KEY); INSERT OR IGNORE INTO products VALUES ('tea');"
+    monkeypatch.setitem(globals(), "SCHEMA", SCHEMA + stream_sql("orders", product) + products)
+    nodes.start_front_ends()
+    cluster, (a, b, c) = nodes, nodes.nodes
+    orders = cluster.front_ends[0].connect()
+    bodies = ['{"product": "tea"}', '{"product": "milk"}', '{"product": "tea"}']
+    assert [send(orders, "POST", "/orders", body)[0] for body in bodies] == [201, 422, 201]
     for n in range(20):
         assert retried(cluster.front_ends[0].connect(), str(n), f"k{n}")
     cluster.check_nodes()
@@ -926,6 +944,7 @@ def test_one_node_goes_on_alone_when_the_majority_is_lost_for_good(cluster):
         node.start()
         wait_until(node.is_ready, "it does not join", 40)
     assert [key for _, key, _ in cluster.check_nodes()] == [f"k{n}" for n in range(21)]
+    assert cluster.rows("SELECT id, body FROM orders") == [[1, bodies[0]], [2, bodies[0]]]
     assert retried(cluster.front_ends[0].connect(), "7", "k7")
 
 
@@ -992,6 +1011,59 @@ def test_a_rule_that_sounds_like_a_fault_refuses_only_its_message(nodes):
     lines = "\n".join(['{"timeout": 1}', '{"timeout": 1}', "{}", '{"timeout": 1}'])
     status, _, data = send(server.connect(), "POST", "/messages", lines, Content_Type="application/x-ndjson")
     assert (status, json.loads(data)["line"]) == (422, 3)
+
+
+def test_what_no_rule_can_be_applied_to_is_refused_as_with_a_file(nodes):
+    """rqlite gives no codes, and Inlet does not know all sentences of SQLite. One such line costs only itself."""
+    server = served(
+        nodes,
+        stream_sql("messages", ", odd INTEGER AS (body ->> 'a' LIKE 'x' ESCAPE body ->> 'escape')")
+        + "CREATE VIRTUAL TABLE boxes USING rtree (id, low, high); CREATE VIRTUAL TABLE texts USING fts5 (body);"
+        "CREATE TRIGGER box AFTER INSERT ON messages WHEN NEW.body ->> 'low' NOT NULL BEGIN"
+        " INSERT INTO boxes VALUES (NEW.id, NEW.body ->> 'low', 5); END;"
+        "CREATE TRIGGER find AFTER INSERT ON messages WHEN NEW.body ->> 'find' NOT NULL BEGIN"
+        " DELETE FROM texts WHERE texts MATCH NEW.body ->> 'find'; END;",
+    )
+    bad = ['{"a": "b", "escape": "xy"}', '{"low": 9}', '{"find": "a AND"}']
+    assert [send(server.connect(), "POST", "/messages", body)[0] for body in bad] == [422] * 3
+    lines, lenient = "\n".join(['{"a": 1}', *bad] * 50), {"Prefer": "handling=lenient"}
+    status, _, data = send(
+        server.connect(),
+        "POST",
+        "/messages",
+        lines,
+        Content_Type="application/x-ndjson",
+        Idempotency_Key="k",
+        **lenient,
+    )
+    assert (status, json.loads(data)["count"], len(json.loads(data)["refused"])) == (201, 50, 100)
+
+
+def test_since_misses_nothing_that_two_front_ends_have_stored_in_another_order(nodes):
+    """received_at is there before the nodes are asked."""
+    server = served(nodes, stream_sql("messages"))
+    seconds = [0, 3, 9, 1, 2, 8, 9, 30, 20, 29]
+    for second in seconds:
+        at = f"2026-11-30T00:00:{second:02}.000Z"
+        nodes.write("INSERT INTO messages (received_at, client, body) VALUES (?, 'c', '1')", at)
+    for since, first in (("00", 1), ("03", 2), ("04", 3), ("10", 8), ("30", 8), ("31", None)):
+        page = json.loads(send(server.connect(), "GET", f"/messages?since=2026-11-30T00:00:{since}Z")[2])
+        assert next((message["id"] for message in page["messages"]), None) == first, since
+    assert "after=10&" in page["next"]
+    assert send(server.connect(), "GET", "/messages?since=0001-01-01")[0] == 200
+
+
+def test_a_copy_does_not_wait_for_a_node_that_hangs(cluster):
+    follower = cluster.follower()
+    others = [node.address for node in cluster.nodes if node is not follower]
+    where = f"http://{','.join(f'{address}:4001' for address in (follower.address, *others))}"
+    follower.signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        service.backup(service.database_at(where), cluster.folder / "copy.db")
+        assert time.monotonic() - started < 10
+    finally:
+        follower.signal(signal.SIGCONT)
 
 
 def test_texts_that_rqlite_takes_for_blobs_are_texts(nodes):
@@ -1120,7 +1192,13 @@ def misbehaving():
         server.server_close()
 
 
-GOOD = 200, json.dumps({"results": [{"last_insert_id": 1, "rows_affected": 1}]})
+STORED = {"last_insert_id": 1, "rows_affected": 1}
+GOOD = 200, json.dumps({"results": [STORED]})
+
+
+def answered(*results):
+    """What a node answers to INSERTs. Before them stands the PRAGMA that switches foreign keys on."""
+    return 200, json.dumps({"results": [{}, *results]})
 
 
 @pytest.mark.parametrize(("answer", "is_sent_again"), [
@@ -1171,6 +1249,7 @@ def test_a_node_that_fails_at_every_query_is_an_error(misbehaving, tmp_path):
     first.answer = second.answer = 200, '{"results": [{"error": "disk I/O error"}]}'
     with pytest.raises(sqlite3.OperationalError, match="disk"):
         cluster.query("SELECT 1", (), "weak", time.monotonic() + 1)
+    first.answer = second.answer = answered({"error": "disk I/O error"})
     (tmp_path / "schema.sql").write_text(SCHEMA)
     entry = service.Entry(service.read_schema(tmp_path / "schema.sql").streams["messages"], "c", None, ["1"])
     with cluster.transaction(time.monotonic() + 1) as db:
@@ -1179,6 +1258,41 @@ def test_a_node_that_fails_at_every_query_is_an_error(misbehaving, tmp_path):
     first.answer = second.answer = 200, '{"results": []}'
     with pytest.raises(sqlite3.OperationalError):
         cluster.execute_all([["INSERT"]], time.monotonic() + 1)
+
+
+@pytest.mark.parametrize("size", [1, 20_000])
+def test_an_answer_that_is_the_last_of_its_connection_is_read_whole(size):
+    """Proxies send such, also in HTTP/1.0."""
+
+    def answer(listener):
+        connection = listener.accept()[0]
+        connection.recv(65_536)
+        content = json.dumps({"results": [{"columns": ["1"], "values": [["x" * size]]}]})
+        for part in (f"HTTP/1.0 200 OK\r\nContent-Length: {len(content)}\r\n\r\n", content[:9], content[9:]):
+            connection.sendall(part.encode())
+            time.sleep(0.05)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, args=(listener,), daemon=True).start()
+        cluster = service.database_at(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert cluster.query("SELECT 1", (), "weak", time.monotonic() + 2) == [("x" * size,)]
+
+
+def test_slow_nodes_do_not_add_up(misbehaving, tmp_path):
+    """Eight last ids were asked for one after the other, and pages of a stream were read in turn."""
+    first, second, cluster = misbehaving
+    first.delay_s = second.delay_s = 1.3
+    first.answer = second.answer = 200, json.dumps({"results": [{"values": [[7, "t", "c", None, "1"]]}]})
+    (tmp_path / "schema.sql").write_text("".join(stream_sql(f"s{n}") for n in range(8)))
+    store = service.Store(cluster, service.read_schema(tmp_path / "schema.sql"))
+    started = time.monotonic()
+    assert len(store.last_ids(store.schema.streams.values())) == 8
+    assert time.monotonic() - started < 4
+    resource = service.StreamResource(store, store.schema.streams["s1"], 1000)
+    query = service.Query({}, "", {})
+    found = at_once(*[lambda: resource._page(query, service.JSON, lambda: False)[2]] * 6)
+    assert (found, time.monotonic() - started < 8) == ([7] * 6, True)
 
 
 def test_a_node_that_drips_its_answer_holds_nothing_up(misbehaving):
@@ -1225,7 +1339,7 @@ def test_a_node_whose_head_has_no_end_holds_nothing_up(kind, misbehaving):
 )
 def test_a_node_that_answers_nonsense_is_left_for_another(answer, misbehaving, tmp_path):
     first, second, cluster = misbehaving
-    first.answer, second.answer = (200, f'{{"results": [{answer}]}}'), GOOD
+    first.answer, second.answer = (200, f'{{"results": [{{}}, {answer}]}}'), answered(STORED)
     for result in inserted(cluster, entries_for(tmp_path, 5)):
         assert isinstance(result, sqlite3.Error)
     assert inserted(cluster, entries_for(tmp_path, 5))[0].first_id == 1
@@ -1250,20 +1364,24 @@ def test_a_comparison_goes_on_whatever_a_node_answers(misbehaving, tmp_path, mon
     comparison.stop()
 
 
-@pytest.mark.parametrize(("raised", "pause_s", "name"), [("no", 0, "SQLITE_CONSTRAINT_TRIGGER"), ("other", 60, "")])
+@pytest.mark.parametrize(
+    ("raised", "pause_s", "name"), [("no", 0, "SQLITE_CONSTRAINT_TRIGGER"), ("other", 60, "SQLITE_ERROR")]
+)
 def test_lines_that_triggers_refuse_cost_one_look_at_the_triggers(
     raised, pause_s, name, misbehaving, tmp_path, monkeypatch
 ):
     """A text that is known is not looked for again, however long ago that was, and others not at once."""
-    monkeypatch.setattr(rqlite, "TRIGGERS_S", pause_s)
+    monkeypatch.setattr(rqlite, "LOOK_S", pause_s)
     first, _, cluster = misbehaving
-    refused = 200, json.dumps({"results": [{"error": "no"}] * 50})
+    refused = answered(*[{"error": "no"}] * 50)
     sql = f"CREATE TRIGGER t ... SELECT RAISE(ABORT, '{raised}')"
     triggers = 200, json.dumps({"results": [{"values": [[sql]]}]})
-    first.answers, first.answer = [(200, json.dumps({"results": [{"error": "no"}]})), triggers], refused
+    first.answers, first.answer = [answered({"error": "no"}), triggers], refused
+    if name == "SQLITE_ERROR":
+        first.answers.append(GOOD)  # the INSERT can be compiled
     results = inserted(cluster, entries_for(tmp_path, *[5] * 50))
     assert {each.sqlite_errorname for each in results} == {name}
-    assert len(first.asked) == 3
+    assert len(first.asked) == 3 + (name == "SQLITE_ERROR")
 
 
 def test_tokens_hold_while_there_is_no_leader_but_not_for_ever(misbehaving, tmp_path, monkeypatch):
@@ -1272,15 +1390,33 @@ def test_tokens_hold_while_there_is_no_leader_but_not_for_ever(misbehaving, tmp_
     row = ["tester", "write read", service.digest_of(TOKEN), None, None, 1]
     first.answers = [(200, json.dumps({"results": [{"values": [values]}]})) for values in ([1, 1], row)]
     clients = service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
+    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
     environ = {"HTTP_AUTHORIZATION": f"Bearer {TOKEN}", "REQUEST_METHOD": "GET"}
     assert clients.authenticate(environ).name == "tester"
     first.answer = second.answer = 503, "leader not found"
-    clients._read_at = 0
+    assert clients.read()
     assert clients.authenticate(environ).name == "tester"
     monkeypatch.setattr(clients, "_known_at", time.monotonic() - service.BUSY_TIMEOUT_S)
-    clients._read_at = 0
+    assert clients.read()
     with pytest.raises(service.Problem, match="try again"):
         clients.authenticate(environ)
+
+
+def test_clients_are_read_whole_when_each_answer_takes_longer_than_a_second(misbehaving, tmp_path, monkeypatch):
+    first, second, cluster = misbehaving
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    clients = service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
+    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
+    first.delay_s = second.delay_s = 1.3
+    for n in (1, 2):
+        rows = [[n, 1], ["tester", "write read", service.digest_of(f"token {n}"), None, None, n]]
+        first.answers = [(200, json.dumps({"results": [{"values": [row]}]})) for row in rows]
+        second.answers, cluster._current = [], 0
+        assert clients.read() is None
+        assert service.digest_of(f"token {n}") in clients._by_digest
+    first.answer = second.answer = 200, '{"results": [{"values": [[1]]}]}'
+    first.delay_s = second.delay_s = 0
+    assert isinstance(clients.read(), Exception)
 
 
 def test_a_write_that_has_inserted_another_number_of_rows_is_not_stored(misbehaving, tmp_path):
@@ -1289,10 +1425,7 @@ def test_a_write_that_has_inserted_another_number_of_rows_is_not_stored(misbehav
     stream = service.read_schema(tmp_path / "schema.sql").streams["messages"]
     entry = service.Entry(stream, "c", None, ["1"])
     with cluster.transaction(time.monotonic() + 5) as db:
-        for first.answer in (
-            (200, '{"results": [{}]}'),
-            (200, '{"results": [{"last_insert_id": 7, "rows_affected": 2}]}'),
-        ):
+        for first.answer in (answered({}), answered({"last_insert_id": 7, "rows_affected": 2})):
             second.answer = first.answer
             (error,) = cluster.insert(db, [entry], "t")
             assert "has inserted" in str(error)
@@ -1311,7 +1444,7 @@ def inserted(cluster, entries):
 
 def test_a_message_whose_time_is_nearly_over_takes_no_time_from_its_group(misbehaving, tmp_path):
     first, _, cluster = misbehaving
-    first.answer, first.delay_s = (200, json.dumps({"results": [{"last_insert_id": 50, "rows_affected": 50}]})), 0.3
+    first.answer, first.delay_s = answered({"last_insert_id": 50, "rows_affected": 50}), 0.3
     results = inserted(cluster, entries_for(tmp_path, 0.1, *[10] * 49))
     assert [each.first_id for each in results] == list(range(1, 51))
 
@@ -1324,7 +1457,7 @@ def test_a_message_is_withdrawn_at_its_own_deadline_while_no_node_takes_it(misbe
     thread = threading.Thread(target=lambda: found.extend(inserted(cluster, entries)))
     thread.start()
     time.sleep(1)
-    first.answer = second.answer = 200, json.dumps({"results": [{"last_insert_id": 49, "rows_affected": 49}]})
+    first.answer = second.answer = answered({"last_insert_id": 49, "rows_affected": 49})
     thread.join(DEADLINE_S)
     assert isinstance(found[0], rqlite.NotTaken)
     assert [each.first_id for each in found[1:]] == list(range(1, 50))
@@ -1338,7 +1471,7 @@ def test_what_the_first_request_of_a_group_has_confirmed_is_stored_whatever_beco
     first, second, cluster = misbehaving
     entries = entries_for(tmp_path, *[10] * 42)
     entries[40].bodies = [json.dumps("x" * rqlite.REQUEST_BYTES)]
-    full = 200, json.dumps({"results": [{"last_insert_id": 41, "rows_affected": 41}]})
+    full = answered({"last_insert_id": 41, "rows_affected": 41})
     first.answers, first.answer, second.answer = [full], None, None
     results = inserted(cluster, entries)
     assert [each.first_id for each in results[:41]] == list(range(1, 42))
@@ -1351,7 +1484,7 @@ def test_what_the_first_request_of_a_group_has_confirmed_is_stored_whatever_beco
     entries[40].bodies = ["1"]
     for answer in ([bad, good], [{"last_insert_id": 7, "rows_affected": 1}, good]):
         cluster._current = 0
-        first.answers, first.answer, second.answer = [(200, json.dumps({"results": answer}))], None, None
+        first.answers, first.answer, second.answer = [answered(*answer)], None, None
         results = inserted(cluster, entries)
         assert [each.first_id for each in results[2:]] == list(range(1, 41))
         assert all(isinstance(each, sqlite3.OperationalError) for each in results[:2])
@@ -1377,6 +1510,17 @@ def test_if_no_node_in_the_list_is_the_leader_they_hand_requests_on(misbehaving)
     assert ["redirect" in path for path in second.asked] == [True]
 
 
+def test_an_election_is_waited_for_and_nothing_handed_on(misbehaving):
+    """The followers go on to name the leader that has died."""
+    first, second, cluster = misbehaving
+    first.answers, second.answers, second.answer = [GOOD], [(301, "")] * 3, GOOD
+    first.answer = 503, "leader not found"
+    for _ in range(2):
+        assert cluster._send("/db/execute?noparse", [["INSERT"]], time.monotonic() + 5)
+    assert all("redirect" in path for path in (*first.asked, *second.asked))
+    assert len(second.asked) == 4
+
+
 def test_an_error_that_is_not_utf_8_fails_alone_whichever_node_leads(nodes):
     """A follower that hands the request on would lose the answers to all."""
     rule = ", value TEXT AS (json_extract(body -> 'new', body ->> 'field'))"
@@ -1384,7 +1528,7 @@ def test_an_error_that_is_not_utf_8_fails_alone_whichever_node_leads(nodes):
     for _ in range(3):
         odd = [lambda: send(server.connect(), "POST", "/messages", r'{"field": "\ud800", "new": {}}')[0]] * 4
         good = [lambda: send(server.connect(), "POST", "/x", "1")[0]] * 12
-        assert at_once(*odd, *good) == [422] * 4 + [201] * 12
+        assert at_once(*odd, *good) == [422] * 4 + [201] * 12, server.log
         leader = nodes.leader()
         leader.kill()
         leader.start()
