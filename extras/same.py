@@ -23,6 +23,7 @@ from service import BUSY_TIMEOUT_S, Schema, SetupError, Stream
 INTERVAL_S = 60.0
 COUNTED = 100_000  # newest rows of each stream; a node writes nothing else while it counts
 READ = 1000  # newest rows of each stream
+BODY_BYTES = 1024  # of the end of a body: all of most messages
 TIMES = 3  # a row differs only if it does so in each of three reads: it may be changed between two
 PAUSE_S = 1.0
 KEPT_S = 600  # then the rows of a comparison are deleted
@@ -241,7 +242,7 @@ class Comparison:
         """Return which of the newest rows, up to an id, is not the same in all nodes each time; empty if none is."""
         sql = (
             "SELECT t.id, t.received_at, hex(t.client), hex(t.key), octet_length(t.body),"
-            f' hex(substr(CAST(t.body AS BLOB), -64)) FROM "{stream.name}" AS t WHERE t.id > ? AND t.id <= ?'
+            f' hex(substr(CAST(t.body AS BLOB), -{BODY_BYTES})) FROM "{stream.name}" AS t WHERE t.id > ? AND t.id <= ?'
         )
         nodes = [node for node in self._cluster.nodes if node.name in names]
         differing: set[int] = set()

@@ -57,7 +57,8 @@ def empty(db):
     writes = [["PRAGMA defer_foreign_keys = ON"]]
     for kind, name in sorted(made, key=lambda row: order.index(row[0])):
         writes.append([f"DROP {kind} IF EXISTS {service.quoted(name)}"])
-    db._cluster.execute_all(writes, time.monotonic() + 10)
+    if made:
+        db._cluster.execute_all(writes, time.monotonic() + 10)
 
 
 the_cluster = rqlite.Cluster(CLUSTER)
