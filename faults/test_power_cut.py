@@ -113,7 +113,7 @@ def test_a_power_cut_at_any_point_loses_no_acknowledged_message(tmp_path):
     assert syncs > 50
     assert any(event[:2] == ("write", "db") for event in recorded), "there was no checkpoint in this run"
 
-    points = sorted(chosen.sample(range(len(recorded)), min(len(recorded), scale(500, len(recorded)))))
+    points = sorted(chosen.sample(range(len(recorded)), min(len(recorded), scale(300, len(recorded)))))
     pending = {"db": [], "wal": []}
     sent, tried = set(), 0
     everything = set(ledger.acknowledged.values()) | set(ledger.unknown)
