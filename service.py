@@ -410,7 +410,7 @@ def words_of(error: Exception) -> str:
 def sqlite_error(error: Any) -> Any:
     """Return an error as sqlite3.Error. sqlite3 raises UnicodeDecodeError if the text of SQLite's error is not UTF-8.
 
-    It is not where it quotes a lone surrogate of a message, such as a JSON path.
+    Such a text quotes a lone surrogate of a message, for example in a JSON path.
     """
     if isinstance(error, UnicodeDecodeError):
         error = sqlite3.OperationalError(bytes(error.object).decode(errors="replace"))
@@ -467,7 +467,7 @@ def in_backticks(sql: str) -> str:
     """Return SQL with names in backticks in place of double quotes, so that it fails where a name names nothing.
 
     In double quotes, SQLite takes such a name for a string: https://www.sqlite.org/quirks.html#dblquote. The
-    sentence of a RAISE may be one.
+    sentence of a RAISE may stand in double quotes, so it is replaced first.
     """
 
     def renamed(token: re.Match[str]) -> str:
@@ -586,11 +586,10 @@ class Stream:
     @cached_property
     def _of_message(self) -> list[str]:
         """A feed view can have anything in its columns: they are made what they should be."""
-        if self.takes:
-            columns = ["t.id", "t.received_at", "t.client", "t.key", "CAST(t.body AS BLOB)"]
-            return [*columns, text_as_json("t.headers")] if self.has_headers else columns
-        texts = ["CAST(ifnull(t.received_at, '') AS TEXT)", "CAST(ifnull(t.client, '') AS TEXT)", "CAST(t.key AS TEXT)"]
-        columns = ["CAST(t.id AS INTEGER)", *texts, text_as_json("t.body")]
+        columns = ["t.id", "t.received_at", "t.client", "t.key", "CAST(t.body AS BLOB)"]
+        if not self.takes:
+            received_at, client = "CAST(ifnull(t.received_at, '') AS TEXT)", "CAST(ifnull(t.client, '') AS TEXT)"
+            columns = ["CAST(t.id AS INTEGER)", received_at, client, "CAST(t.key AS TEXT)", text_as_json("t.body")]
         return [*columns, text_as_json("t.headers")] if self.has_headers else columns
 
     @cached_property
@@ -862,7 +861,7 @@ def is_stream(db: sqlite3.Connection, table: str) -> bool:
 
 MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
-DISORDER = timedelta(seconds=15)  # from received_at to the row, on a cluster
+DISORDER = timedelta(seconds=15)  # on a cluster: that time, 4 s for a node to answer, and 1 s between clocks
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
 LAST_ID_S = 0.2  # for the last ids of views, which can take a look at all rows
 ROWS_OF_BATCHES = 1000  # in one COMMIT, unless one batch has more: single messages wait for all of them
@@ -918,9 +917,10 @@ class Entry:
     """What one request wants written into a stream: JSON texts, of which the small ones may be checked by the stream.
 
     Without any, it only tests whether a write works. lines: the number of the line of each body, if it is a batch. key
-    stands for all bodies. refused: None if all are stored or none; a list for a lenient batch, with its lines that are
-    no JSON. line: the number of the line, if this is one line of a lenient batch. deadline, a time.monotonic(), is when
-    the client gets its 503. changed is called when there is a result, or when somebody has to call Store.write().
+    stands for all bodies. refused: None, or of a lenient batch the list of its lines that are not JSON. earlier: what
+    came of those portions of it that are on disk. line: the number of the line, if this is one line of a lenient batch.
+    deadline, a time.monotonic(), is when the client gets its 503. changed is called when there is a result, or when
+    somebody has to call Store.write().
     """
 
     stream: Stream
@@ -1074,7 +1074,7 @@ class Store:
                 self._tell_one()
 
     def look_after(self) -> None:
-        """Once a second, tell late entries that their outcome is unknown, and the log what came in the last minute."""
+        """Once a second, give late entries a 503; once a minute, log what came."""
         now = time.monotonic()
         if now > self._look_at:
             self._look_at = now + 1
@@ -1084,7 +1084,7 @@ class Store:
                     self._give_up(entry, TimeoutError())
 
     def _write_group(self) -> None:
-        """Write what is queued, in a file with one COMMIT, and give each entry its result."""
+        """Write what is queued, with a file by one COMMIT, and give each entry its result."""
         began, waiting = time.monotonic(), list(self.queue)
         try:
             with self.database.transaction(min((entry.deadline for entry in waiting), default=began)) as db:
@@ -1127,7 +1127,7 @@ class Store:
                 self._give(entry, result)
 
     def _require_schema(self, db: sqlite3.Connection) -> None:
-        """Once a second, raise DatabaseError if somebody has given the database rules with which it is not served.
+        """Once a second, raise DatabaseError if the database has other rules than this process or schema.sql.
 
         It may have those of this process, or, after a migrate, those that schema.sql has by now. But each stream must
         still have, or lack, `headers`, and it must keep its CHECK of JSON.
@@ -1155,19 +1155,19 @@ class Store:
         self._schema_version, self._schema_look_at = version, time.monotonic() + 1
 
     def _take_group(self) -> None:
-        """Take what is queued; of the batches, those that have ROWS_OF_BATCHES together, but always the first."""
+        """Take single messages, and batches of up to ROWS_OF_BATCHES rows together. The first one may be larger."""
         rows, later = 0, []
         with contextlib.suppress(IndexError):
             while True:
                 entry = self.queue.popleft()
-                rows += len(entry.lines)
-                if entry.lines and len(entry.lines) < rows and rows > ROWS_OF_BATCHES:
+                if rows and entry.lines and rows + len(entry.lines) > ROWS_OF_BATCHES:
                     later.append(entry)
                 elif not entry.result:
                     self._group.append(entry)
+                rows += len(entry.lines)
         self.queue.extendleft(reversed(later))
 
-    def _write_others_again(self, undone: "Undone") -> None:
+    def _write_others_again(self, undone: Undone) -> None:
         """Give up an entry that has undone the group, and queue the others again.
 
         When that happens to its stream a second time, it may happen to each of its entries: they are given up with it.
@@ -1185,7 +1185,7 @@ class Store:
         self.queue.extendleft(reversed(again))
 
     def _give_up(self, entry: Entry, error: Exception) -> None:
-        """Give an entry that has no result the one that its outcome is unknown."""
+        """Give an entry without a result a 503, or a 400 if its text is not JSON."""
         if not entry.result:
             with contextlib.suppress(ValueError):  # it is being written
                 self.queue.remove(entry)
@@ -1236,7 +1236,7 @@ class Store:
         if stored == sent or (entry.signed and entry.refused is None):
             return Stored(rows[0][0], rows[-1][0], rows[0][1], len(rows), replayed=True)
         if entry.refused is not None and all(sent.get(key, body) == body for key, body in stored.items()):
-            # Without a line 1, the key itself belongs to something else: only what is all there is a retry.
+            # No row for line 1: the bare key is another request's. It is a retry only if all its lines are stored.
             has_line_1 = entry.earlier or entry.lines[0] == 1
             if has_line_1 or entry.key not in stored or sent.keys() <= stored.keys():
                 return None  # some of its lines are there
@@ -1286,7 +1286,7 @@ class Store:
         sql, began = self.database.page_sql(stream, " AND ".join(conditions), with_fields), time.monotonic()
         try:
             with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
-                # SQL makes text that is not UTF-8 out of a lone surrogate. To decode a feed later costs half as much.
+                # A text may not be UTF-8 (a lone surrogate). A feed stays bytes until envelope(), for half the cost.
                 is_feed = stream.takes and not with_fields
                 db.text_factory = bytes if is_feed else partial(str, encoding="utf-8", errors="replace")
                 yield from db.execute(sql, values)
@@ -1560,7 +1560,7 @@ class Database:
                 sync_directory(path.parent)  # else a power cut could lose the new file and its messages
 
     def _hide_from_others(self) -> None:
-        """Let only its owner (and its group) read a database that others can read: it has secrets of senders."""
+        """Let only the owner read a database that every user can read: it has secrets of senders."""
         for path in (self.path, Path(self._wal), Path(self._shm)):
             with contextlib.suppress(FileNotFoundError):
                 mode = path.lstat().st_mode  # nobody has to follow a link
@@ -1811,7 +1811,7 @@ class Database:
         try:
             yield db
         except (sqlite3.Error, UnicodeDecodeError) as error:
-            is_live = False  # or perhaps not: it is not used again
+            is_live = False  # the connection may be broken: it is closed
             raise sqlite_error(error)  # noqa: B904
         finally:
             if is_live:
@@ -1933,9 +1933,9 @@ def touch(db: sqlite3.Connection) -> None:
 
 
 def checkpoint(db: sqlite3.Connection, required: bool = False) -> None:
-    """Move the WAL into the database as far as that goes without waiting, which db does not do from then on.
+    """Move the WAL into the database, without waiting for readers. Sets the busy_timeout of db to 0.
 
-    Raises BlockingIOError if all of it is required.
+    Raises BlockingIOError if all of it is required, and a reader keeps a part of it in the WAL.
     """
     db.execute("PRAGMA busy_timeout = 0")
     (is_busy, _, _) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -2035,7 +2035,7 @@ CLIENTS_TIMEOUT_S = 1.0  # to read them, for the server's loop waits
 CLIENTS_RETRY_S = 0.05  # after they could not be read, or after a token was not among them
 CLIENTS_TABLE = """CREATE TABLE clients (
     name    TEXT NOT NULL,
-    token   TEXT NOT NULL UNIQUE,  -- the SHA-256 digest of the token, or of the secret, in hexadecimal
+    token   TEXT NOT NULL UNIQUE,  -- SHA-256 in hexadecimal: of the token, or of `SCHEME SECRET`
     can     TEXT NOT NULL,         -- grants with spaces between: write read write:NAME read:NAME
     made_at TEXT,
     signs   TEXT,                  -- the name of a scheme, for a sender that signs its messages (extras/senders.py)
@@ -2120,11 +2120,12 @@ class Clients:
         context = req.context
         if not getattr(context, "is_put_off", False):
             of_path = self._streams.get(req.path) if self._failure else None  # then no resource was reached
-            stream = resource.stream.name if isinstance(resource, ViewResource) else of_path.name if of_path else ""
+            stream = resource.stream if isinstance(resource, ViewResource) else of_path
             client = context.client.name if context.get("client") else ""
             by = sent_by(req.env, req.env.get("HTTP_IDEMPOTENCY_KEY"))
             status = 201 if req.method == "POST" and resp.status_code == 200 else resp.status_code  # the column answer
-            self._statistics.answered(stream, status, context.get("detail") or "", req.path, client, by)
+            name = stream.name if stream else ""
+            self._statistics.answered(name, status, context.get("detail") or "", req.path, client, by)
             self._statistics.tell()
             if not resp.get_header("Cache-Control"):
                 resp.set_headers(PRIVATE)
@@ -2241,9 +2242,9 @@ def no_token(environ: dict[str, Any], reason: str = "") -> Problem:
 
 
 def make_clients(db: sqlite3.Connection, is_new: bool = False) -> None:
-    """Make the clients table, or bring an older one up to date, in which a name had one token.
+    """Make the clients table, or rebuild that of an older Inlet.
 
-    is_new: the database was empty. On a cluster it may not be by now, and CREATE has to say so.
+    is_new: the database was empty. On a cluster, CREATE fails if another front end was first.
     """
     columns = {} if is_new else columns_of(db, "clients")
     if "signs" not in columns:
@@ -2262,7 +2263,7 @@ def make_clients(db: sqlite3.Connection, is_new: bool = False) -> None:
 
 
 def digest_of(token: str) -> str:
-    """Return the SHA-256 digest of a token in hexadecimal: all that is kept of it."""
+    """Return the SHA-256 digest of a text in hexadecimal: of a token, that is all that is kept."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -2699,7 +2700,7 @@ class ViewResource:
         is_abandoned = req.env.get("inlet.is_abandoned", lambda: False)
         seen = wait.seen if wait else 0
         texts, has_more, after = self._page(query, kind, is_abandoned, seen)
-        if texts and seen:  # rows up to there may have been changed, and fit by now
+        if texts and seen:  # older rows may have been changed, and fit now: read the whole page
             texts, has_more, after = self._page(query, kind, is_abandoned)
         if wait and not texts:
             req.context.is_put_off = True
@@ -2731,8 +2732,9 @@ class ViewResource:
 
         seen: look only at what has a larger id.
         """
-        stream, (numbers, since, filters), size, of_last = self.stream, query, 0, 0
+        stream, (numbers, since, filters) = self.stream, query
         texts: list[bytes] = []
+        size = rows_of_last_id = 0
         with_fields, limit = kind == CSV or bool(numbers.get("fields")), numbers.get("limit", DEFAULT_PAGE)
         after = numbers.get("after", 0 if stream.has_ids else None)
         if since and after is not None:
@@ -2743,15 +2745,15 @@ class ViewResource:
             for row in self._store.page(stream, begin, limit + 1, filters, is_abandoned, with_fields=with_fields):
                 row_id = None if stream.id_place is None else row[stream.id_place]
                 if len(texts) == limit or size >= PAGE_BYTES:
-                    if isinstance(row_id, int) and row_id == after:
+                    if isinstance(row_id, int) and row_id == after:  # a view has this id again, and the next page not
                         rows = self._store.page(
                             stream, max(after - 1, -MAX_ID - 1), -1, filters, is_abandoned, after, with_fields
                         )
-                        texts[len(texts) - of_last :] = self._whole(rows, after, kind, with_fields)
+                        texts[len(texts) - rows_of_last_id :] = self._whole(rows, after, kind, with_fields)
                     return texts, True, after
                 texts.append(self._text(row, kind, with_fields))
                 size += len(texts[-1])
-                of_last = of_last + 1 if row_id == after else 1
+                rows_of_last_id = rows_of_last_id + 1 if row_id == after else 1
                 after = row_id if isinstance(row_id, int) else None
         return texts, False, after
 

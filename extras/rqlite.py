@@ -157,7 +157,9 @@ class DeadlineSocket(io.RawIOBase):
 
     def __init__(self, sock: Any, until: float):
         self._sock, self._until = sock, until
-        self._file = sock.makefile("rb", buffering=0)  # http.client closes the socket when it has read a last head
+        self._file = sock.makefile(
+            "rb", buffering=0
+        )  # or http.client closes the socket after the head of a last answer
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -253,7 +255,7 @@ class Recorder:
 
 
 class Cluster:
-    """The nodes of a cluster. The leader is asked, and with a freshness, for reads, one node as long as it answers."""
+    """The nodes of a cluster. Requests go to the leader. With ?freshness, reads go to one node until it fails."""
 
     is_near = False
 
@@ -269,13 +271,13 @@ class Cluster:
             raise SetupError(
                 "--database takes http://USER:PASSWORD@HOST:PORT,HOST:PORT,… for a cluster, and ?freshness=2s behind it"
             ) from None
-        # The leader answers a read. With a freshness, each node answers that has heard from the leader so recently.
+        # With ?freshness, any node answers that has heard from the leader so recently.
         self._read_level = f"none&{option}&freshness_strict" if option else "weak"
         self.opened = 0  # no files are open here that could be replaced
         self._current = 0  # the node that is asked
         self._comparison: Any = None
         self._led_at = -math.inf  # when the leader has answered
-        self._handed_on_until = -math.inf  # by a follower, because no node in the list is the leader
+        self._handed_on_until = -math.inf  # until then, a follower may hand requests on: no listed node leads
         self._triggers, self._triggers_at = "", -math.inf  # their SQL, and when it was read
         self._compiled_at: dict[str, float] = {}  # when the INSERT of a stream was compiled, by its name
         self._closed = threading.Event()
@@ -335,9 +337,9 @@ class Cluster:
         for stream in schema.streams.values():
             try:
                 if stream.takes:
-                    self.execute_all([[stream.explain[0], *stream.explain[1]]], deadline)
+                    self.execute_all([statement(*stream.explain)], deadline)
                 else:
-                    self.query(f'EXPLAIN SELECT * FROM "{stream.name}"', (), "weak", deadline)
+                    self.query(*stream.explain, "weak", deadline)
             except sqlite3.Error as error:
                 raise SetupError(f"{stream.name} cannot be used in {self}: {error}") from None
 
@@ -588,7 +590,7 @@ class Cluster:
                 self._current = (asked + 1) % len(self.nodes)
                 tried.add(asked)
                 saw_follower = saw_follower or isinstance(error, NotLeader)
-                is_long_without = time.monotonic() > self._led_at + WRITE_TIMEOUT_S  # or they elect one
+                is_long_without = time.monotonic() > self._led_at + WRITE_TIMEOUT_S  # or an election may go on
                 if saw_follower and len(tried) == len(self.nodes) and is_long_without:
                     self._handed_on_until = time.monotonic() + HAND_ON_S
                 can_repeat = is_query or isinstance(error, NotTaken)
@@ -631,8 +633,8 @@ class Cluster:
     def _refusal_in(self, answer: dict[str, Any], stream: Stream) -> sqlite3.Error | None:
         """Return the error in the answer to an INSERT, with the name of its code, or None.
 
-        A text that is not in ERRORS is what a trigger has raised. Or else the message is at fault, as long as the
-        INSERT can be compiled, and the text is not that of a fault of the node.
+        A text that is not in ERRORS has the name TRIGGER if a trigger raises it, or ERROR if the INSERT compiles and
+        the text is not that of a fault of the node.
         """
         error = error_in(answer)
         if error and not error.sqlite_errorname:
@@ -659,7 +661,7 @@ class Cluster:
         now = time.monotonic()
         if now > self._compiled_at.get(stream.name, -math.inf) + LOOK_S:
             try:
-                self.execute_all([[stream.explain[0], *stream.explain[1]]], now + CONNECT_TIMEOUT_S)
+                self.execute_all([statement(*stream.explain)], now + CONNECT_TIMEOUT_S)
             except sqlite3.Error:
                 return False
             self._compiled_at[stream.name] = now
@@ -682,9 +684,10 @@ def statement(sql: str, values: tuple | dict) -> list:
 
 def is_answer(found: Any) -> bool:
     """Is this what a node answers to one statement?"""
-    rows = (found.get("values") or []) if isinstance(found, dict) else None
-    last_id = found.get("last_insert_id", 0) if isinstance(found, dict) else None
-    return isinstance(rows, list) and all(isinstance(row, list) for row in rows) and isinstance(last_id, int)
+    if not isinstance(found, dict):
+        return False
+    rows, last_id = found.get("values") or [], found.get("last_insert_id", 0)
+    return isinstance(last_id, int) and isinstance(rows, list) and all(isinstance(row, list) for row in rows)
 
 
 def error_in(answer: dict[str, Any]) -> sqlite3.Error | None:
@@ -705,7 +708,7 @@ def rows_in(answer: dict[str, Any]) -> Rows:
 
 
 def json_value(value: str) -> str:
-    """Return the SQL of a value for json_array(): a BLOB in hexadecimal, and as a text what json() has made."""
+    """Return the SQL of a value for json_array(): a BLOB in hexadecimal. || '' makes a text of what json() has made."""
     real = f"CASE {value} WHEN 9e999 THEN '9e999' WHEN -9e999 THEN '-9e999' ELSE printf('%!.17g', {value}) END"
     return (
         f"CASE typeof({value}) WHEN 'blob' THEN lower(hex({value})) WHEN 'text' THEN {value} || ''"

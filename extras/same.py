@@ -1,14 +1,13 @@
 """What keeps the nodes of a cluster the same.
 
-require_deterministic() asks the rules of schema.sql: each node runs each statement for itself, and has to get the same.
-Comparison asks the nodes: one that could not carry out a statement, because its disk was full for a moment, goes on
-without it, and answers as if nothing were wrong.
+require_deterministic() checks schema.sql: each node runs each statement for itself, and has to get the same.
+Comparison checks the nodes: one that could not run a statement, because its disk was full for a moment, goes on without
+it, and answers as if nothing were wrong.
 """
 
 import contextlib
 import http.client
 import json
-import logging
 import re
 import secrets
 import sqlite3
@@ -18,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import service
-from service import BUSY_TIMEOUT_S, Schema, SetupError, Stream
+from service import BUSY_TIMEOUT_S, Schema, SetupError, Stream, log
 
 INTERVAL_S = 60.0
 COUNTED = 100_000  # newest rows of each stream; a node writes nothing else while it counts
@@ -30,8 +29,6 @@ KEPT_S = 600  # then the rows of a comparison are deleted
 TABLE = '"nodes compared"'
 MAKE = f"CREATE TABLE IF NOT EXISTS {TABLE} (run TEXT, at INTEGER, stream TEXT, last_id INTEGER, newest INTEGER) STRICT"
 
-log = logging.getLogger("inlet")
-
 # Functions whose result can differ between nodes, and what is to be said about SQL that calls one.
 OWN_NUMBERS, OWN_CLOCK = "each node has random numbers of its own", "each node has a clock of its own"
 OWN_COUNTS = "each node counts for itself (the id of a message is NEW.id)"
@@ -42,13 +39,14 @@ NONDETERMINISTIC_FUNCTIONS = {
     **dict.fromkeys(("sqlite_version", "sqlite_source_id"), "each node may have a version of its own"),
 }
 TIME = "date|time|datetime|julianday|unixepoch"
-RECEIVED_AT = r"new \. received_at(?: , '')* \)"  # and modifiers
-NO_TABLE = "".join(f"(?<!{word} )" for word in ("table", "exists", "view", "into", "references", "with"))  # before it
-CALL = rf"\b{NO_TABLE}\w+(?= \()|\bcurrent_\w+"  # of a function
+RECEIVED_AT = r"new \. received_at(?: , '')* \)"  # NEW.received_at, with modifiers
+# The name before a "(" is that of a table, and not of a function, behind these words.
+NOT_A_TABLE = "".join(f"(?<!{word} )" for word in ("table", "exists", "view", "into", "references", "with"))
+CALL = rf"\b{NOT_A_TABLE}\w+(?= \()|\bcurrent_\w+"  # the name of a function that is called
 # Patterns for what without_strings() returns, such as: strftime ( '' , new . received_at )
 NONDETERMINISTIC = (
     (
-        rf"\b{NO_TABLE}(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
+        rf"\b{NOT_A_TABLE}(?:{TIME}) \( (?!{RECEIVED_AT})|\bstrftime \( (?!'' , {RECEIVED_AT})",
         f"{OWN_CLOCK}, and a message could say 'now': a time here is NEW.received_at, with modifiers in quotes",
     ),
     (r"\bpragma_", "a pragma can tell each node something else"),

@@ -953,7 +953,7 @@ def test_a_large_file_boots_a_node_and_the_others_join(network, tmp_path):
     with contextlib.closing(Server(tmp_path)) as server:
         for n in range(5):
             assert send(server.connect(), "POST", "/messages", str(n), Idempotency_Key=str(n))[0] == 201
-    service.backup(service.Database(path), tmp_path / "copy.db")
+    service.backup(service.Database(path), tmp_path / "checked.db")
     nodes = Cluster.__new__(Cluster)
     nodes.folder, nodes.front_ends, nodes.nodes = tmp_path, [], []
     (command,) = re.findall(r"`(curl -f http://a:4001/boot [^`]*)`", README)
