@@ -1359,7 +1359,6 @@ class Store:
         table = read[0] if len(read) == 1 else stream
         columns = "CAST(t.id AS INTEGER), CAST(ifnull(t.received_at, '') AS TEXT)"
         sql = f'SELECT {columns} FROM "{table.name}" AS t WHERE t.id > ? ORDER BY t.id LIMIT 1'
-        first = f'SELECT CAST(t.id AS INTEGER) - 1 FROM "{table.name}" AS t WHERE t.id > ? AND t.received_at >= ?'
         last = self.last_id(table)
         low, high = after, MAX_ID if last is None else max(after, last)
         try:
@@ -1371,9 +1370,13 @@ class Store:
                     is_before = found and found[1] < early and found[0] > middle
                     low, high = (found[0], high) if is_before else (low, middle)
                 if disorder:
-                    newest = f'SELECT max(CAST(t.id AS INTEGER)) FROM "{table.name}" AS t'
-                    row = db.execute(f"{first} ORDER BY t.id LIMIT 1", (low, since)).fetchone()
-                    low = max(low, (row or db.execute(newest).fetchone())[0] or 0)
+                    rows = f'FROM "{table.name}" AS t'
+                    at_last = f"{rows} WHERE t.id > ? AND t.received_at >= ? ORDER BY t.id LIMIT 1"
+                    both = (
+                        f"SELECT ifnull((SELECT CAST(t.id AS INTEGER) - 1 {at_last}),"
+                        f" (SELECT max(CAST(t.id AS INTEGER)) {rows}))"
+                    )
+                    low = max(low, db.execute(both, (low, since)).fetchone()[0] or 0)
         except sqlite3.Error as error:
             raise self._read_problem(error, stream, (), began) or error from None
         return low
@@ -2088,8 +2091,9 @@ class Clients:
         self._token_headers: frozenset[str] = senders.TOKEN_HEADERS if senders else frozenset()
         self._read_at = self._missed_at = -CLIENTS_REFRESH_S
         self._known_at = -math.inf  # when they were read without an error
-        self._failure: Exception | None = None
-        self._is_repeated = False  # read(), in a thread: on a cluster, it can take seconds
+        self._failure: Exception | None = None  # of the last time
+        # On a cluster, a thread reads them, for it can take seconds; and an election shuts nobody out.
+        self._is_repeated, self._grace_s = False, 0.0 if self._database.is_near else BUSY_TIMEOUT_S
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.body = None
@@ -2113,7 +2117,7 @@ class Clients:
         try:
             context.client, context.key_of = senders.verify(req.env, context.body)  # type: ignore[union-attr]
         except ValueError as error:
-            raise no_token(req.env, reason=str(error)) from None
+            raise self._unless_new(no_token(req.env, reason=str(error))) from None
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: Any, succeeded: bool) -> None:
         """Count the answer, unless it is given later."""
@@ -2139,8 +2143,8 @@ class Clients:
         """
         if not self._is_repeated and time.monotonic() >= self._read_at + CLIENTS_REFRESH_S:
             self.read()
-        if self._failure:
-            raise Problem(503, f"{cause_of(self._failure)} Nothing was stored: try again.")
+        if self._failure and time.monotonic() >= self._known_at + self._grace_s:
+            raise self._cannot_be_read(self._failure)
         authorization = environ.get("HTTP_AUTHORIZATION")
         token = token_in(authorization) if authorization else ""
         if not environ.keys().isdisjoint(self._token_headers):
@@ -2148,18 +2152,28 @@ class Clients:
         if not authorization and not token:
             if environ["REQUEST_METHOD"] == "POST" and self.senders and self.senders.know(environ):
                 return None
-            raise no_token(environ, self.senders.unknown(environ) if self.senders else "")
+            reason = self.senders.unknown(environ) if self.senders else ""
+            raise self._unless_new(no_token(environ, reason)) if reason else no_token(environ)
         # What is looked up is a digest: how long that takes says nothing about how much of a token is right.
         digest = digest_of(token)
-        if digest not in self._by_digest and time.monotonic() > self._missed_at + CLIENTS_RETRY_S:
+        waits = self._failure or time.monotonic() <= self._missed_at + CLIENTS_RETRY_S
+        if digest not in self._by_digest and not waits:
             began = time.monotonic()
             self.read()  # it may be new
             taken_s = time.monotonic() - began
             self._missed_at = time.monotonic() + 9 * taken_s  # so wrong tokens take a tenth of the time at most
         client = self._by_digest.get(digest)
         if client is None:
-            raise Problem(401, "This token is not valid here.", INVALID_TOKEN)
+            raise self._unless_new(Problem(401, "This token is not valid here.", INVALID_TOKEN))
         return client
+
+    @staticmethod
+    def _cannot_be_read(failure: Exception) -> Problem:
+        return Problem(503, f"{cause_of(failure)} Nothing was stored: try again.")
+
+    def _unless_new(self, problem: Problem) -> Problem:
+        """Return a 401, or a 503 while the clients cannot be read: this one may have been added meanwhile."""
+        return self._cannot_be_read(self._failure) if self._failure else problem
 
     def lack(self, token: str) -> bool:
         """Return True if no client has this token; False also if the clients cannot be read."""
@@ -2201,14 +2215,13 @@ class Clients:
             failure = error.with_traceback(None)
         if not self._database.is_near and not self._is_repeated:
             engine: Any = self._database
-            engine.repeat(self.read, CLIENTS_REFRESH_S)
             self._is_repeated = True
+            engine.repeat(self.read, CLIENTS_REFRESH_S)
         self._read_at = time.monotonic()
         if not failure:
             self._known_at = self._read_at
-        grace_s = 0.0 if self._database.is_near else BUSY_TIMEOUT_S
-        self._failure = failure if self._read_at >= self._known_at + grace_s else None
-        if self._failure:  # the next try comes after CLIENTS_RETRY_S
+        self._failure = failure
+        if failure:  # the next try comes after CLIENTS_RETRY_S
             self._read_at += CLIENTS_RETRY_S - CLIENTS_REFRESH_S
         return failure
 
@@ -2482,7 +2495,7 @@ def read_body(environ: dict[str, Any], max_body: int) -> bytes:
         raise Problem(411, "Send a Content-Length.")
     if length and not (length.isascii() and length.isdigit()):
         raise Problem(400, "Content-Length is not a number.")
-    wanted = int(length[:19]) if length else max_body + 1
+    wanted = int(length.lstrip("0")[:19] or "0") if length else max_body + 1
     try:
         if length and wanted > max_body:
             for _ in pieces(stream, READ_OF_TOO_LARGE):  # or other servers would close on a client that still sends

@@ -67,9 +67,12 @@ ERRORS = (
 )
 # Errors of one node. Other nodes may have carried out the statement.
 FAULT = re.compile(
-    "disk I/O error|database or disk is full|out of memory$|database disk image is malformed|database .*is locked$"
+    "disk I/O error|database or disk is full|out of memory$|database disk image is malformed|database .*is locked"
     "|attempt to write a readonly database|unable to open database file|file is not a database|interrupted$"
-    "|(?:execute|query) timeout$|context "
+    "|(?:execute|query) timeout$|context |locking protocol|database schema has changed|malformed database schema"
+    "|bad parameter|authorization denied|access permission denied|query aborted|unknown (?:error|operation)"
+    "|abort due to |no such (?:table: |module|savepoint)|vtable constructor failed|fts5: corruption"
+    "|invalid fts5 file format|cannot .* transaction|sql: |driver: |(?:unexpected )?EOF$"
 )
 # What migrate has not found in the copy must not be in the cluster either: a row in this table undoes all of it.
 GUARD = '"must not be there when it migrates"'

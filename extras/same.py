@@ -50,17 +50,19 @@ NONDETERMINISTIC = (
         f"{OWN_CLOCK}, and a message could say 'now': a time here is NEW.received_at, with modifiers in quotes",
     ),
     (r"\bpragma_", "a pragma can tell each node something else"),
+    (r"\b(?:new|old)_?\b(?! \.)", "new and old are the rows of a trigger: give everything else another name"),
     (r"\braise \( abort , (?!'' \))", "RAISE takes only a text in single quotes"),
 )
 # The same for its levels(), such as: insert into x [] select id from messages
 WITHOUT_ORDER = (
     (r"\blimit\b", "LIMIT needs ORDER BY, or each node may take other rows"),
     (
-        r"\binto \S+ (?:\[\] )?(?:select|with)\b.*"
+        r"\binto .*?\b(?:select|with)\b.*"
         r" from (?!json_(?:each|tree) \[\](?: as)?(?: (?!join)\w+)?(?: where .*)?$)",
         "INSERT … SELECT … FROM needs ORDER BY, or each node may give the rows other ids",
     ),
 )
+UPDATES_RECEIVED_AT = f"{sqlite3.SQLITE_UPDATE} received_at"  # for the authorizer
 FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
 
 
@@ -79,11 +81,12 @@ def require_deterministic(schema: Schema) -> None:
             called = calls.setdefault(service.fold(source), set())
             if action == sqlite3.SQLITE_FUNCTION:
                 called.add(str(second))
-            elif action == sqlite3.SQLITE_INSERT or (action == sqlite3.SQLITE_UPDATE and second == "received_at"):
+            elif action == sqlite3.SQLITE_INSERT or service.fold(f"{action} {second}") == UPDATES_RECEIVED_AT:
                 inserted.add(service.fold(str(first)))
         return sqlite3.SQLITE_OK
 
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.set_authorizer(note)
         for sql in schema.statements:
             db.execute(sql)
             text = without_strings(sql)
@@ -98,7 +101,7 @@ def require_deterministic(schema: Schema) -> None:
                 if default and re.search(CALL, without_strings(default)):
                     reason = "a DEFAULT calls no function and names no clock: a trigger can write NEW.received_at"
                     raise SetupError(f"{made}: on a cluster, {reason}")
-        db.set_authorizer(note)
+        filled |= inserted
         for stream in (stream for stream in schema.streams.values() if stream.takes):
             inserted.clear()
             db.execute(*stream.explain)

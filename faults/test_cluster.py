@@ -711,6 +711,12 @@ FEW = (
      "CREATE TRIGGER z AFTER INSERT ON events BEGIN INSERT INTO x VALUES (date(NEW.received_at)); END;", "trigger z.*NEW.received_at"),
     (stream_sql("events") + "CREATE TABLE x (a); CREATE TRIGGER y AFTER INSERT ON messages BEGIN UPDATE events SET received_at = NEW.body; END;"
      "CREATE TRIGGER z AFTER UPDATE ON events BEGIN INSERT INTO x VALUES (date(NEW.received_at)); END;", "trigger z.*NEW.received_at"),
+    (stream_sql("events").replace("received_at", "RECEIVED_AT") + "CREATE TABLE x (a); CREATE TRIGGER y AFTER INSERT ON messages BEGIN UPDATE events SET received_at = NEW.body; END;"
+     "CREATE TRIGGER z AFTER UPDATE ON events BEGIN INSERT INTO x VALUES (date(NEW.received_at)); END;", "trigger z.*NEW.received_at"),
+    ("CREATE TABLE kinds (name UNIQUE, at); CREATE TRIGGER made AFTER INSERT ON kinds BEGIN UPDATE kinds SET at = datetime('now') WHERE name = NEW.name; END;"
+     "INSERT OR IGNORE INTO kinds (name) VALUES ('a');", "trigger made.*clock"),
+    ("CREATE TABLE kinds (name UNIQUE, at); CREATE VIEW dice AS SELECT random() AS n; INSERT OR IGNORE INTO kinds (name, at) SELECT 'a', n FROM dice ORDER BY 1;", "view dice.*random"),
+    ("CREATE TABLE kinds (name UNIQUE); INSERT OR IGNORE INTO main.kinds (name) SELECT id FROM messages;", "the statement.*ORDER BY"),
     (stream_sql("audit") + "CREATE TRIGGER y AFTER INSERT ON messages BEGIN INSERT INTO audit (received_at, client, body) VALUES ('t', 'c', '1'); END;"
      "CREATE TRIGGER z AFTER INSERT ON audit BEGIN INSERT INTO \"Messages\" (received_at, client, body) VALUES ('t', 'c', '1'); END;", "of its message"),
     *[(f"CREATE TABLE x (a, b); CREATE TRIGGER y AFTER INSERT ON messages BEGIN {sql}; END;", f"trigger y.*{words}|of its message") for sql, words in (
@@ -724,6 +730,8 @@ FEW = (
         ("SELECT RAISE(ABORT, 'no') WHERE (WITH dice AS (SELECT random() AS r) SELECT r FROM dice) > 0", "random"),
         ("SELECT RAISE(ABORT, 'no') WHERE NEW.body > (WITH t AS (SELECT current_timestamp AS c) SELECT c FROM t)", "clock"),
         ("UPDATE x SET a = (SELECT date(received_at) FROM (SELECT NEW.body AS received_at))", "received_at"),
+        ("UPDATE x SET a = (SELECT date(new.received_at) FROM (SELECT NEW.body AS received_at) AS new)", "another name"),
+        ("UPDATE x SET a = (SELECT date(new.received_at) FROM (SELECT NEW.body AS received_at) \"new\")", "another name"),
         ("UPDATE x SET a = (SELECT file FROM pragma_database_list)", "pragma"), ("UPDATE messages SET received_at = NEW.body", "of its message"), ("INSERT INTO \"x\" (\"a\") SELECT m.id FROM messages AS m", "ORDER BY"),
         ("INSERT INTO x SELECT m.id, 1 FROM messages AS m", "ORDER BY"), ("REPLACE INTO x (a) SELECT id FROM messages", "ORDER BY"),
         ("INSERT INTO x (a) SELECT j.value FROM json_each(NEW.body) AS j JOIN messages", "ORDER BY"),
@@ -1051,6 +1059,34 @@ def test_since_misses_nothing_that_two_front_ends_have_stored_in_another_order(n
         assert next((message["id"] for message in page["messages"]), None) == first, since
     assert "after=10&" in page["next"]
     assert send(server.connect(), "GET", "/messages?since=0001-01-01")[0] == 200
+    with served_senders(server):  # of what comes while it is asked
+        for _ in range(100):
+            since = service.utc_now()
+            page = json.loads(send(server.connect(), "GET", f"/messages?limit=1000&since={since}")[2])
+            after, shown = int(re.search(r"after=(\d+)", page["next"])[1]), {m["id"] for m in page["messages"]}
+            rows = nodes.rows(f"SELECT id FROM messages WHERE received_at >= '{since}' AND id <= {after}")
+            assert {row_id for (row_id,) in rows} <= shown
+
+
+@contextlib.contextmanager
+def served_senders(server):
+    """Four senders, as long as the block runs."""
+    ended = threading.Event()
+
+    def run():
+        with contextlib.closing(server.connect()) as connection:
+            while not ended.is_set():
+                send(connection, "POST", "/messages", "1")
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(DEADLINE_S)
 
 
 def test_a_copy_does_not_wait_for_a_node_that_hangs(cluster):
@@ -1382,6 +1418,44 @@ def test_lines_that_triggers_refuse_cost_one_look_at_the_triggers(
     results = inserted(cluster, entries_for(tmp_path, *[5] * 50))
     assert {each.sqlite_errorname for each in results} == {name}
     assert len(first.asked) == 3 + (name == "SQLITE_ERROR")
+
+
+@pytest.mark.parametrize("text", [
+    "disk I/O error", "database is locked", "database table is locked: messages", "locking protocol", "database schema has changed", "bad parameter or other API misuse",
+    "authorization denied", "no such table: main.kinds", "malformed database schema (x)", "fts5: corruption found reading blob", "invalid fts5 file format (found 5)",
+    "driver: bad connection", "sql: database is closed", "unexpected EOF", "cannot start a transaction within a transaction", "unknown error", "vtable constructor failed: x",
+])  # fmt: skip
+def test_a_fault_of_a_node_is_never_the_fault_of_a_message(text, misbehaving, tmp_path):
+    first, _, cluster = misbehaving
+    first.answer = answered({"error": text})
+    (error,) = inserted(cluster, entries_for(tmp_path, 5))
+    assert error.sqlite_errorname not in service.REFUSALS
+
+
+def test_a_new_token_is_refused_by_nobody_who_cannot_read_the_clients(misbehaving, tmp_path, monkeypatch):
+    """A 401 would let its sender throw messages away."""
+    first, second, cluster = misbehaving
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    row = ["tester", "write read", service.digest_of(TOKEN), None, None, 1]
+    first.answers = [(200, json.dumps({"results": [{"values": [values]}]})) for values in ([1, 1], row)]
+    clients = service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
+    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
+    environ = {"HTTP_AUTHORIZATION": f"Bearer {TOKEN}", "REQUEST_METHOD": "POST"}
+    assert clients.authenticate(environ)
+    first.answer = second.answer = 503, "leader not found"
+    asked = len(first.asked)
+    for _ in range(2):
+        with pytest.raises(service.Problem) as raised:
+            clients.authenticate(environ | {"HTTP_AUTHORIZATION": "Bearer another"})
+        assert raised.value.status == 503
+    assert len(first.asked) > asked
+    asked = len(first.asked) + len(second.asked)
+    with pytest.raises(service.Problem):  # nothing is read while it is known that it cannot be: the loop would wait
+        clients.authenticate(environ | {"HTTP_AUTHORIZATION": "Bearer another"})
+    assert len(first.asked) + len(second.asked) == asked
+    with pytest.raises(service.Problem) as raised:
+        clients.authenticate({"REQUEST_METHOD": "POST"})
+    assert raised.value.status == 401
 
 
 def test_tokens_hold_while_there_is_no_leader_but_not_for_ever(misbehaving, tmp_path, monkeypatch):
