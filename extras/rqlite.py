@@ -160,9 +160,8 @@ class DeadlineSocket(io.RawIOBase):
 
     def __init__(self, sock: Any, until: float):
         self._sock, self._until = sock, until
-        self._file = sock.makefile(
-            "rb", buffering=0
-        )  # or http.client closes the socket after the head of a last answer
+        # It keeps the socket open, which http.client closes after the head of a last answer.
+        self._file = sock.makefile("rb", buffering=0)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -282,7 +281,7 @@ class Cluster:
         self._led_at = -math.inf  # when the leader has answered
         self._handed_on_until = -math.inf  # until then, a follower may hand requests on: no listed node leads
         self._triggers, self._triggers_at = "", -math.inf  # their SQL, and when it was read
-        self._compiled_at: dict[str, float] = {}  # when the INSERT of a stream was compiled, by its name
+        self._compiled: dict[str, tuple[float, bool]] = {}  # when it was tried whether a stream can take messages
         self._closed = threading.Event()
         self.repeated, self.unknown = 0, 0  # requests that were sent again; messages whose outcome is not known
 
@@ -661,14 +660,15 @@ class Cluster:
 
     def _can_insert(self, stream: Stream) -> bool:
         """Can the nodes compile the INSERT of a stream?"""
-        now = time.monotonic()
-        if now > self._compiled_at.get(stream.name, -math.inf) + LOOK_S:
+        tried_at, is_possible = self._compiled.get(stream.name, (-math.inf, False))
+        if time.monotonic() > tried_at + LOOK_S:
+            is_possible = True
             try:
-                self.execute_all([statement(*stream.explain)], now + CONNECT_TIMEOUT_S)
+                self.execute_all([statement(*stream.explain)], time.monotonic() + CONNECT_TIMEOUT_S)
             except sqlite3.Error:
-                return False
-            self._compiled_at[stream.name] = now
-        return True
+                is_possible = False
+            self._compiled[stream.name] = time.monotonic(), is_possible
+        return is_possible
 
 
 def statement(sql: str, values: tuple | dict) -> list:
