@@ -110,7 +110,7 @@ class Node:
         if url.username:
             user = f"{unquote(url.username)}:{unquote(url.password or '')}"
             self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
-        self._idle: list[tuple[http.client.HTTPConnection, float, int]] = []  # when it was used last, by which process
+        self._idle: list[tuple[http.client.HTTPConnection, float, int]] = []  # used last at that time, by that process
 
     @contextlib.contextmanager
     def request(self, method: str, path: str, body: bytes, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
@@ -223,7 +223,7 @@ class Connection:
         if READS.match(sql):
             rows = self.cluster.query(sql, values, self.level, self.deadline)
             is_of_one = isinstance(values, dict) and values.get("until") == (values.get("after") or 0) + 1
-            if not rows and is_of_one:  # a leader that was paused may not know the newest rows
+            if not rows and is_of_one:  # Store.message(): a leader that was paused may not know the newest rows
                 rows = self.cluster.query(sql, values, "linearizable", self.deadline)
             return rows
         if sql == "COMMIT":
@@ -239,7 +239,10 @@ class Connection:
 
 @dataclass
 class Recorder:
-    """A connection to a copy of the database. It records the statements that write."""
+    """A connection to a copy of the database. It records the statements that write.
+
+    A query for what must not be there (SELECT 1 …) is recorded as an INSERT into GUARD, which fails if it finds a row.
+    """
 
     copy: sqlite3.Connection
     writes: list[list] = field(default_factory=list)
@@ -426,7 +429,7 @@ class Cluster:
         except sqlite3.Error as error:
             return error
         entry.ordinal = len(answers)  # they end at the one that was refused
-        last = answers[-1] | {"rows_affected": len(answers)}
+        last = answers[-1] | {"rows_affected": len(answers)}  # as if one statement had inserted all
         return self._refusal_in(last, entry.stream) or results_of([entry], last, received_at)[entry]
 
     def execute_all(

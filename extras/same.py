@@ -255,7 +255,7 @@ class Comparison:
             rows = {name: {row[0]: tuple(row[1:]) for row in each} for name, each in read.items() if each is not None}
             ids = {row_id for each in rows.values() for row_id in each}
             now = {row_id for row_id in ids if len({each.get(row_id) for each in rows.values()}) > 1}
-            differing = now & differing if attempt else now
+            differing = now & differing if attempt else now  # in all reads until now
             if not differing:
                 return ""
         first = min(differing)
