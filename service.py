@@ -1370,16 +1370,20 @@ class Store:
                     is_before = found and found[1] < early and found[0] > middle
                     low, high = (found[0], high) if is_before else (low, middle)
                 if disorder:
-                    rows = f'FROM "{table.name}" AS t'
-                    at_last = f"{rows} WHERE t.id > ? AND t.received_at >= ? ORDER BY t.id LIMIT 1"
-                    both = (
-                        f"SELECT ifnull((SELECT CAST(t.id AS INTEGER) - 1 {at_last}),"
-                        f" (SELECT max(CAST(t.id AS INTEGER)) {rows}))"
-                    )
-                    low = max(low, db.execute(both, (low, since)).fetchone()[0] or 0)
+                    low = max(low, db.execute(before_first(table), (low, since)).fetchone()[0] or 0)
         except sqlite3.Error as error:
             raise self._read_problem(error, stream, (), began) or error from None
         return low
+
+
+def before_first(table: Stream) -> str:
+    """Return the SQL of the id before the first message behind an id that came at a time or later, or the last id.
+
+    It is one statement: between two, messages could come, and be passed over.
+    """
+    rows = f'FROM "{table.name}" AS t'
+    first = f"SELECT CAST(t.id AS INTEGER) - 1 {rows} WHERE t.id > ? AND t.received_at >= ? ORDER BY t.id LIMIT 1"
+    return f"SELECT ifnull(({first}), (SELECT max(CAST(t.id AS INTEGER)) {rows}))"
 
 
 def rows_of(entry: Entry, received_at: str, bodies: Iterable[str]) -> Iterator[tuple]:
@@ -2304,7 +2308,7 @@ MAX_DEPTH = 512  # of arrays and objects: under the limit of every SQLite (1000 
 LARGE_TEXT = 16_384  # characters
 LARGEST_BATCH = 10_000  # messages: about 0.1 s during which nobody else can write
 READ_OF_TOO_LARGE = 16 * 1024 * 1024  # bytes
-PIECE_BYTES = 65_536  # that are read of a body at once
+PIECE_BYTES = 65_536  # that are read at once of what is thrown away, or of a body that a server gives in parts
 KEY = r"[!-~]{1,255}"
 LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the square of their number
 JSON = "application/json"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import service
-from service import BUSY_TIMEOUT_S, Schema, SetupError, Stream, log
+from service import BUSY_TIMEOUT_S, Schema, SchemaObject, SetupError, Stream, log
 
 INTERVAL_S = 60.0
 COUNTED = 100_000  # newest rows of each stream; a node writes nothing else while it counts
@@ -62,7 +62,6 @@ WITHOUT_ORDER = (
         "INSERT … SELECT … FROM needs ORDER BY, or each node may give the rows other ids",
     ),
 )
-UPDATES_RECEIVED_AT = f"{sqlite3.SQLITE_UPDATE} received_at"  # for the authorizer
 FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
 
 
@@ -81,26 +80,19 @@ def require_deterministic(schema: Schema) -> None:
             called = calls.setdefault(service.fold(source), set())
             if action == sqlite3.SQLITE_FUNCTION:
                 called.add(str(second))
-            elif action == sqlite3.SQLITE_INSERT or service.fold(f"{action} {second}") == UPDATES_RECEIVED_AT:
+            is_time = action == sqlite3.SQLITE_UPDATE and service.fold(str(second)) == "received_at"
+            if action == sqlite3.SQLITE_INSERT or is_time:
                 inserted.add(service.fold(str(first)))
         return sqlite3.SQLITE_OK
 
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         db.set_authorizer(note)
         for sql in schema.statements:
+            refuse_filling(sql)
             db.execute(sql)
-            text = without_strings(sql)
-            if re.match(FILLS_A_TABLE, text):
-                refuse_nondeterministic(f"the statement {service.shown(sql)}", text, re.findall(CALL, text))
         for made in schema.objects.values():
-            if made.kind != "table":
-                continue
-            # SQLite allows these in a CHECK. A node that restarts replays its log, and gets another result.
-            refuse_nondeterministic(str(made), "", re.findall(CALL, without_strings(made.sql)))
-            for (default,) in db.execute("SELECT c.dflt_value FROM pragma_table_xinfo(?) AS c", (made.name,)):
-                if default and re.search(CALL, without_strings(default)):
-                    reason = "a DEFAULT calls no function and names no clock: a trigger can write NEW.received_at"
-                    raise SetupError(f"{made}: on a cluster, {reason}")
+            if made.kind == "table":
+                refuse_in_table(db, made)
         filled |= inserted
         for stream in (stream for stream in schema.streams.values() if stream.takes):
             inserted.clear()
@@ -117,6 +109,25 @@ def require_deterministic(schema: Schema) -> None:
             # The authorizer tells of a function in WITH under the name that it has there.
             functions = {*calls[service.fold(made.name)], *re.findall(CALL, text)}
             refuse_nondeterministic(str(made), text, sorted(functions))
+
+
+def refuse_filling(sql: str) -> None:
+    """Raise SetupError if each node could put something else into a table by a statement of schema.sql."""
+    text = without_strings(sql)
+    if re.match(FILLS_A_TABLE, text):
+        refuse_nondeterministic(f"the statement {service.shown(sql)}", text, re.findall(CALL, text))
+
+
+def refuse_in_table(db: sqlite3.Connection, table: SchemaObject) -> None:
+    """Raise SetupError if a CHECK, a generated column or a DEFAULT could be something else in each node.
+
+    SQLite allows clocks in a CHECK. A node that restarts replays its log, and gets another result.
+    """
+    refuse_nondeterministic(str(table), "", re.findall(CALL, without_strings(table.sql)))
+    for (default,) in db.execute("SELECT c.dflt_value FROM pragma_table_xinfo(?) AS c", (table.name,)):
+        if default and re.search(CALL, without_strings(default)):
+            reason = "a DEFAULT calls no function and names no clock: a trigger can write NEW.received_at"
+            raise SetupError(f"{table}: on a cluster, {reason}")
 
 
 def refuse_nondeterministic(what: str, text: str, functions: Iterable[str]) -> None:

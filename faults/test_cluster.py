@@ -1436,14 +1436,19 @@ def test_a_fault_of_a_node_is_never_the_fault_of_a_message(text, misbehaving, tm
     assert error.sqlite_errorname not in service.REFUSALS
 
 
+def clients_of(cluster, tmp_path, monkeypatch):
+    """Clients that no thread reads."""
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
+    return service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
+
+
 def test_a_new_token_is_refused_by_nobody_who_cannot_read_the_clients(misbehaving, tmp_path, monkeypatch):
     """A 401 would let its sender throw messages away."""
     first, second, cluster = misbehaving
-    (tmp_path / "schema.sql").write_text(SCHEMA)
+    clients = clients_of(cluster, tmp_path, monkeypatch)
     row = ["tester", "write read", service.digest_of(TOKEN), None, None, 1]
     first.answers = [(200, json.dumps({"results": [{"values": [values]}]})) for values in ([1, 1], row)]
-    clients = service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
-    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
     environ = {"HTTP_AUTHORIZATION": f"Bearer {TOKEN}", "REQUEST_METHOD": "POST"}
     assert clients.authenticate(environ)
     first.answer = second.answer = 503, "leader not found"
@@ -1460,11 +1465,9 @@ def test_a_new_token_is_refused_by_nobody_who_cannot_read_the_clients(misbehavin
 
 def test_tokens_hold_while_there_is_no_leader_but_not_for_ever(misbehaving, tmp_path, monkeypatch):
     first, second, cluster = misbehaving
-    (tmp_path / "schema.sql").write_text(SCHEMA)
+    clients = clients_of(cluster, tmp_path, monkeypatch)
     row = ["tester", "write read", service.digest_of(TOKEN), None, None, 1]
     first.answers = [(200, json.dumps({"results": [{"values": [values]}]})) for values in ([1, 1], row)]
-    clients = service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
-    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
     environ = {"HTTP_AUTHORIZATION": f"Bearer {TOKEN}", "REQUEST_METHOD": "GET"}
     assert clients.authenticate(environ).name == "tester"
     first.answer = second.answer = 503, "leader not found"
@@ -1478,9 +1481,7 @@ def test_tokens_hold_while_there_is_no_leader_but_not_for_ever(misbehaving, tmp_
 
 def test_clients_are_read_whole_when_each_answer_takes_longer_than_a_second(misbehaving, tmp_path, monkeypatch):
     first, second, cluster = misbehaving
-    (tmp_path / "schema.sql").write_text(SCHEMA)
-    clients = service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
-    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
+    clients = clients_of(cluster, tmp_path, monkeypatch)
     first.delay_s = second.delay_s = 1.3
     for n in (1, 2):
         rows = [[n, 1], ["tester", "write read", service.digest_of(f"token {n}"), None, None, n]]
