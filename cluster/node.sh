@@ -2,8 +2,11 @@
 # Runs one node of a cluster:  node.sh FOLDER [FLAG OF rqlited …]
 #
 # A node votes once for each term, and its folder remembers for whom. If it came back under its id with an empty folder, it
-# could vote again, for a node that lacks what was acknowledged. So this starts an empty folder only with NEW_NODE=yes: at
-# the first start of all nodes, and after the old node was removed from the cluster (README.md, "Replace a node").
+# could vote again, for a node that lacks what was acknowledged. So this starts an empty folder only
+# - with NEW_NODE=yes, at the first start of all nodes,
+# - with JOIN=b:4002, for one more node, and for one that was removed from the cluster before (README.md, "Replace a node").
+#   It asks that node to be let in, whatever -bootstrap-expect and -join say. With those, a node that hears from a leader
+#   believes to be a member, and a leader may send to a node for some time after its removal.
 #
 # A node whose SQLite finds no room for a row goes on without it, and differs from the others from then on. So this kills
 # the node while ROOM_MIB (512) are still free. It starts the node when twice as much is free, also the first time; then
@@ -17,8 +20,8 @@ node=
 trap 'kill -TERM $node 2>/dev/null || exit 0' TERM INT # exit if there is no node
 umask 077 # the folder has messages, and secrets of senders
 mkdir -p "$folder"
-if ! test -e "$folder/raft.db" && test "${NEW_NODE:-}" != yes; then
-    echo "node.sh: $folder has no raft.db. Remove the lost node from the cluster, then start this with NEW_NODE=yes" >&2
+if ! test -e "$folder/raft.db" && test "${NEW_NODE:-}" != yes && test -z "${JOIN:-}"; then
+    echo "node.sh: $folder has no raft.db. Remove the lost node from the cluster, then start this with JOIN=another:4002" >&2
     exit 1
 fi
 
@@ -29,7 +32,9 @@ while true; do
         echo "node.sh: less than $((2 * room_mib)) MiB are free for $folder: the node is not started" >&2
         sleep 5 & wait $! || true # so that a signal is handled at once
     done
-    "${RQLITED:-rqlited}" -fk -auto-optimize-int 0h "$@" "$folder" &
+    join=()
+    if test "${JOIN:-}" && ! test -e "$folder/raft.db"; then join=(-bootstrap-expect 0 -join "$JOIN"); fi
+    "${RQLITED:-rqlited}" -fk -auto-optimize-int 0h "$@" "${join[@]}" "$folder" &
     node=$!
     killed=
     while kill -0 "$node" 2>/dev/null; do

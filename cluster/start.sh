@@ -38,8 +38,8 @@ for n in 1 2 3; do
         sleep 0.1
     done
     echo "node n$n does not come up; $folder/n$n.log says why. If its folder was lost, run this while the others go on:" >&2
-    echo "  curl -f -X DELETE http://127.0.0.1:410$((n % 3 + 1))/remove -d '{\"id\": \"n$n\"}' && sleep 5 &&" \
-        "NEW_NODE=yes RQLITED=$RQLITED $here/node.sh $folder/n$n $(flags $n)" >&2
+    echo "  curl -f -X DELETE http://127.0.0.1:410$((n % 3 + 1))/remove -d '{\"id\": \"n$n\"}' &&" \
+        "JOIN=127.0.0.1:420$((n % 3 + 1)) RQLITED=$RQLITED $here/node.sh $folder/n$n $(flags $n)" >&2
 done
 test ${#ready} -ge 2 || exit 1
 echo "${#ready} nodes are ready. Start front ends beside them, as many as you want:"

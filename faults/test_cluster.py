@@ -77,10 +77,18 @@ class Node:
     def start(self):
         with open(f"{self.folder}.log", "a") as log:
             command = ["ip", "netns", "exec", self.name, *self.command]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def start_by_node_sh(self, **environ):
+        """Run it by node.sh, from now on."""
+        script = [f"RQLITED={RQLITED}", HERE / "cluster" / "node.sh", str(self.folder), *self.flags]
+        self.command = ["env", *(f"{name}={value}" for name, value in environ.items()), *script]
+        self.start()
 
     def kill(self):
-        self.process.kill()
+        """End it and what it has started: a rqlited that is left would fail all tests that follow."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def signal(self, number):
@@ -337,15 +345,7 @@ def test_node_sh_kills_a_node_before_its_disk_is_full_and_starts_it_when_there_i
     filler, log = node.folder / "filler", Path(f"{node.folder}.log")
     try:
         shutil.copytree(moved, node.folder, dirs_exist_ok=True)
-        node.command = [
-            "env",
-            "ROOM_MIB=100",
-            f"RQLITED={RQLITED}",
-            HERE / "cluster" / "node.sh",
-            str(node.folder),
-            *node.flags,
-        ]
-        node.start()
+        node.start_by_node_sh(ROOM_MIB="100")
         cluster.wait_until_ready()
         with under_load(cluster) as ledger:
             filler.write_bytes(bytes(shutil.disk_usage(node.folder).free - 80 * 2**20))
@@ -355,8 +355,7 @@ def test_node_sh_kills_a_node_before_its_disk_is_full_and_starts_it_when_there_i
             wait_until(node.is_ready, "the node does not come back")
             taken_again(ledger)
     finally:
-        node.process.terminate()
-        node.process.wait()
+        node.kill()
         subprocess.run(["umount", str(node.folder)], check=True)
 
 
@@ -365,21 +364,7 @@ def remove(node, asked):
     body = json.dumps({"id": node.name}).encode()
     request = Request(f"http://{asked.address}:4001/remove", body, method="DELETE")
     with contextlib.suppress(OSError), urlopen(request, timeout=5):
-        time.sleep(1)  # until the leader sends nothing more to it: the new node would take that for its own
         return True
-
-
-@contextlib.contextmanager
-def by_node_sh(node, **environ):
-    """Run a node by node.sh for as long as the block runs."""
-    script = [f"RQLITED={RQLITED}", HERE / "cluster" / "node.sh", str(node.folder), *node.flags]
-    node.command = ["env", *(f"{name}={value}" for name, value in environ.items()), *script]
-    node.start()
-    try:
-        yield
-    finally:
-        node.process.terminate()
-        node.process.wait()
 
 
 def test_a_node_that_has_lost_its_folder_is_replaced_as_readme_says(cluster):
@@ -389,12 +374,10 @@ def test_a_node_that_has_lost_its_folder_is_replaced_as_readme_says(cluster):
         shutil.rmtree(lost.folder)
         taken_again(ledger)
         assert remove(lost, cluster.leader())
-        stack = contextlib.ExitStack()
-        stack.enter_context(by_node_sh(lost, NEW_NODE="yes"))
+        lost.start_by_node_sh(JOIN=f"{cluster.leader().address}:4002")
         wait_until(lost.is_ready, "the new node does not come up")
         taken_again(ledger)
         assert [path.stat().st_mode & 0o077 for path in (lost.folder, lost.folder / "db.sqlite")] == [0, 0]
-    stack.close()
 
 
 def test_a_node_that_has_forgotten_its_votes_undoes_nothing(cluster):
@@ -404,8 +387,8 @@ def test_a_node_that_has_forgotten_its_votes_undoes_nothing(cluster):
     taken = retried(cluster.front_ends[0].connect(), '"X"', "x")
     b.kill()
     shutil.rmtree(b.folder)
-    with by_node_sh(b):
-        assert b.process.wait(DEADLINE_S) == 1
+    b.start_by_node_sh()
+    assert b.process.wait(DEADLINE_S) == 1
     assert "has no raft.db" in Path(f"{b.folder}.log").read_text()
     assert not remove(b, a)  # the two others have to agree
     a.cut_off("-A")
@@ -414,9 +397,9 @@ def test_a_node_that_has_forgotten_its_votes_undoes_nothing(cluster):
     assert not c.is_leader()
     a.cut_off("-D")
     wait_until(lambda: remove(b, a), "b cannot be removed", 40)
-    with by_node_sh(b, NEW_NODE="yes"):
-        assert [body for _, _, body in cluster.check_nodes()] == ['"X"']
-        assert retried(cluster.front_ends[1].connect(), '"X"', "x") == taken
+    b.start_by_node_sh(JOIN=f"{a.address}:4002")
+    assert [body for _, _, body in cluster.check_nodes()] == ['"X"']
+    assert retried(cluster.front_ends[1].connect(), '"X"', "x") == taken
 
 
 def test_start_sh_keeps_the_others_and_says_how_to_replace_a_lost_node(tmp_path):
@@ -440,7 +423,7 @@ def test_start_sh_keeps_the_others_and_says_how_to_replace_a_lost_node(tmp_path)
     shutil.rmtree(tmp_path / "data" / "n2")
     with started():
         assert "2 nodes are ready" in log.read_text()
-        (command,) = re.findall(r"(?m)^ +(curl .*NEW_NODE=yes.*)$", log.read_text())
+        (command,) = re.findall(r"(?m)^ +(curl .*JOIN=.*)$", log.read_text())
         with subprocess.Popen(
             ["bash", "-c", command], start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         ) as again:
@@ -484,7 +467,7 @@ def test_a_node_that_differs_is_told_until_it_is_replaced(cluster):
         assert compared(comparison) == (2, set())
         shutil.rmtree(node.folder)
         assert remove(node, cluster.leader())
-        node.start()
+        node.start_by_node_sh(JOIN=f"{cluster.leader().address}:4002")
         cluster.check_nodes()
         assert compared(comparison) == (3, set())  # also if no message has come
     database.close()
@@ -951,7 +934,7 @@ def test_one_node_goes_on_alone_when_the_majority_is_lost_for_good(nodes, monkey
     wait_until(a.is_leader, "it does not lead", 40)
     assert retried(cluster.front_ends[1].connect(), "20", "k20")
     for node in (b, c):
-        node.start()
+        node.start_by_node_sh(JOIN=f"{a.address}:4002")
         wait_until(node.is_ready, "it does not join", 40)
     assert [key for _, key, _ in cluster.check_nodes()] == [f"k{n}" for n in range(21)]
     assert cluster.rows("SELECT id, body FROM orders") == [[1, bodies[0]], [2, bodies[0]]]
