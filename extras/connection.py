@@ -19,6 +19,7 @@ The environment of a request (PEP 3333) has more keys:
 import logging
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -57,6 +58,7 @@ class Connection(http1.Connection):
         self.active_at = self._arrived_at = time.monotonic()
         self._poll: Callable[[], Answer | None] | None = None  # for the answer, if it was put off
         self._returned: Answer | None = None  # what the app has returned
+        self._is_taken = threading.Event()  # has the loop taken that, if it is large?
         self._held_by: Any = None  # as inlet.hold has it
         self._account: Hashable = None  # as Server.admit has it
         self._counted = 0  # bytes in Server.held
@@ -179,9 +181,14 @@ class Connection(http1.Connection):
             except Exception:
                 log.exception("the app failed")
                 request.keeps_alive, self._poll = False, None
+        is_large = len(returned[2]) > SMALL_BYTES and not (in_loop or self._poll)
+        if is_large:
+            self._is_taken.clear()
         self._returned = returned
         if not (self._poll and in_loop):  # in the loop, nothing else has run meanwhile
             self._server.changed(self)
+        if is_large:  # or this thread would go on to read pages faster than the loop takes them
+            self._is_taken.wait()
 
     def answer_if_there(self) -> None:
         """Send the answer, if the app has returned it, or has it by now. What the app keeps is counted until then."""
@@ -192,11 +199,14 @@ class Connection(http1.Connection):
         if not answer:
             return
         self._poll = self._returned = None
+        is_large = len(answer[2]) > SMALL_BYTES
+        if is_large:
+            self._is_taken.set()
         if self._counted:
             self._count(0)
         if self._is_open:
             self._account = None
-            if len(answer[2]) > SMALL_BYTES:
+            if is_large:
                 self._server.make_room()
             self.answer(*answer, closes=self._server.is_stopping)
             self._send()

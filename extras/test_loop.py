@@ -233,6 +233,33 @@ def test_what_may_take_long_to_check_is_not_run_in_the_loop(size, headers, is_sl
     assert (len(slow), len(server._posts)) == (is_slow, not is_slow)
 
 
+def test_no_page_is_read_before_the_loop_has_taken_the_last_one():
+    """Pages piled up that no limit had counted: 56 of them, with 252 MB, on a busy machine."""
+    pages = []
+
+    def app(environ, start_response):
+        pages.append(environ["PATH_INFO"])
+        start_response("200 OK", [])
+        return [b"x" * 20_000]
+
+    server = service.extra("loop").Server(app, [], None, None, bool, lambda *_: 0, (1,), "", 0, 10)
+    pairs = [socket.socketpair() for _ in range(5)]
+    for theirs, ours in pairs:
+        connection = service.extra("connection").Connection(server, ours, "localhost")
+        theirs.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection._ready(selectors.EVENT_READ)
+    for n in range(5):
+        eventually(lambda n=n: len(server._changed) == 1 and len(pages) == n + 1)
+        time.sleep(0.05)
+        assert len(pages) == n + 1
+        if n == 1:
+            server._changed[0].close()  # its client has gone
+        server._answer_changed()
+    for theirs, ours in pairs:
+        theirs.close()
+        ours.close()
+
+
 def test_an_idle_connection_keeps_nothing_of_what_it_has_sent():
     """Answered bodies stayed until the next request, and nobody counted them: 4 GB, without a token."""
     http1 = service.extra("http1")
