@@ -2713,7 +2713,7 @@ class ViewResource:
         wait_s = query.numbers.get("wait")
         wait = None  # begins before the page is read: what comes meanwhile ends it
         if wait_s and self._waits:
-            wait = self._waits.begin(req.env, stream, query.numbers.get("after", 0), wait_s)
+            wait = self._waits.begin(req.env, req.context.client.name, stream, query.numbers.get("after", 0), wait_s)
         is_abandoned = req.env.get("inlet.is_abandoned", lambda: False)
         seen = wait.seen if wait else 0
         texts, has_more, after = self._page(query, kind, is_abandoned, seen)

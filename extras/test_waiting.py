@@ -253,6 +253,34 @@ def test_who_waits_for_ids_that_are_far_away_is_not_woken(open_store):
     assert (runs, answers) == ([], [])
 
 
+def test_the_client_that_waits_most_makes_room_for_others(open_store, monkeypatch):
+    """One token could take all of it, and nobody else could wait."""
+    module, store = service.extra("waiting"), open_store(SCHEMA)
+    monkeypatch.setattr(module, "MOST_HELD", 4)
+    waits, messages, released = module.Waits(store), store.schema.streams["messages"], []
+
+    def waiting(client, held=None):
+        """The environ of a GET that is held, or None."""
+        environ = {"inlet.arrived_at": time.monotonic(), "inlet.may_hold": lambda: True, "inlet.held": held}
+        environ |= {"inlet.is_abandoned": lambda: False}
+        if not (wait := waits.begin(environ, client, messages, 0, 30)):
+            return None
+        wait.hold(environ)
+        environ["inlet.hold"].held(lambda: released.append(wait))
+        return environ
+
+    first = [waiting("greedy") for _ in range(4)]
+    assert all(first)
+    assert waiting("greedy") is None  # it makes no room for itself
+    assert waiting("modest")
+    assert waiting("another")
+    assert waiting("another") is None  # it would have as many as the one that has most
+    eventually(lambda: len(released) == 2)
+    assert released == [environ["inlet.hold"] for environ in first[:2]]
+    assert waiting("greedy", held=released[0]) is None  # it gets its page, and does not wait again
+    assert waits.count == 4
+
+
 def get_of(path):
     """A request, as bytes."""
     return f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: {AUTHORIZATION['Authorization']}\r\n\r\n".encode()

@@ -3,7 +3,8 @@
 As long as a GET is held, one thread looks at the last ids of all tables, every PAUSE_S. So it sees each new row,
 whoever wrote it: a trigger, another process, SQL. It lets those GETs run again that read a table which has got another
 last id since they began. In between, a GET costs neither a thread nor SQL. This is for a server that can hold a request
-(connection.py); elsewhere, and beyond MOST_HELD, an empty page is answered at once.
+(connection.py); elsewhere an empty page is answered at once. Of MOST_HELD GETs, the oldest of the client that has most
+of them makes room for one of a client that has fewer; otherwise one more is answered at once, too.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import math
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,7 @@ class Wait:
     """
 
     waits: "Waits"
+    client: str
     sources: frozenset[str]
     after: int
     last_ids: LastIds
@@ -80,14 +83,14 @@ class Waits:
         self._last_ids: LastIds = {}
         self._looked_at = self._scan_at = self._gone_at = 0.0
 
-    def begin(self, environ: dict[str, Any], stream: Stream, after: int, seconds: int) -> Wait | None:
+    def begin(self, environ: dict[str, Any], client: str, stream: Stream, after: int, seconds: int) -> Wait | None:
         """Return what can hold a GET, or None if it has to be answered. To be called before it reads."""
         now, deadline = time.monotonic(), environ.get("inlet.arrived_at", 0.0) + seconds
         may_hold = environ.get("inlet.may_hold")
-        if not may_hold or not may_hold() or now >= deadline or self.count >= MOST_HELD:
+        if not may_hold or not may_hold() or now >= deadline:
             return None
         is_abandoned, before = environ["inlet.is_abandoned"], environ["inlet.held"]
-        if is_abandoned():
+        if is_abandoned() or (before and before.deadline < now) or not self._has_room(client):
             return None
         if now > self._looked_at + 2 * self._pause_s:  # nobody looks, or is late
             self._look()
@@ -96,7 +99,21 @@ class Waits:
             (table,) = stream.sources
             last_id = before.last_ids.get(table, 0)
             seen = last_id if last_id <= last_ids.get(table, 0) else 0  # else a backup was restored
-        return Wait(self, stream.sources, after, last_ids, seen, now, deadline, is_abandoned, bool(before))
+        return Wait(self, client, stream.sources, after, last_ids, seen, now, deadline, is_abandoned, bool(before))
+
+    def _has_room(self, client: str) -> bool:
+        """May a client wait? If too many do, one of another client that has more is let go."""
+        if self.count < MOST_HELD:
+            return True
+        with self._lock:
+            held = [wait for waits in self._held.values() for wait in waits if wait.deadline]
+            of_client = Counter(wait.client for wait in held)
+            most = max(of_client, key=of_client.__getitem__, default=client)
+            if of_client[most] <= of_client[client] + 1:
+                return False
+            oldest = min((wait for wait in held if wait.client == most), key=lambda wait: wait.began)
+            oldest.deadline = self._scan_at = 0.0
+        return True
 
     def add(self, wait: Wait) -> None:
         with self._lock:
