@@ -276,7 +276,7 @@ def test_the_client_that_waits_most_makes_room_for_others(open_store, monkeypatc
     assert waiting("another")
     assert waiting("another") is None  # it would have as many as the one that has most
     eventually(lambda: len(released) == 2)
-    assert released == [environ["inlet.hold"] for environ in first[:2]]
+    assert all(environ["inlet.hold"] in released for environ in first[:2])
     assert waiting("greedy", held=released[0]) is None  # it gets its page, and does not wait again
     assert waits.count == 4
 
