@@ -38,8 +38,8 @@ LIMITS
 EXTRAS
  This file, schema.sql, falcon and waitress are the whole service. Each file in extras/ adds something, and may be
  deleted: a faster server (loop, connection, http1), senders that sign or send forms, lenient batches and other answers
- (outcomes), reads that wait for the next message (waiting), /metrics, /openapi.json, the commands migrate and forward,
- a cluster (rqlite, same), the page.
+ (outcomes), reads that wait for the next message (waiting), CSV and ?since (reading), /metrics, /openapi.json, the
+ commands migrate and forward, a cluster (rqlite, nodes, same), the page.
 
 TO CHANGE                                     SEE
  a route, or what it answers                  the app, resources
@@ -59,7 +59,6 @@ import argparse
 import base64
 import bisect
 import contextlib
-import csv
 import difflib
 import errno
 import fcntl
@@ -85,7 +84,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec
@@ -94,7 +93,6 @@ from json.encoder import encode_basestring as json_string
 from operator import length_hint
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import quote, urlencode
 
@@ -596,8 +594,9 @@ class Stream:
     def parameters(self) -> dict[str, tuple[int, int]]:
         """The parameters of GET that are no fields, with the range of each number. `since` is a time."""
         if self.has_ids:
-            waits = {"wait": (0, LONGEST_WAIT_S), "fields": (0, 1), "since": (0, 0)}
-            return {"after": (0, MAX_ID), "limit": (1, LARGEST_PAGE)} | waits
+            since = {"since": (0, 0)} if extra("reading") else {}
+            pages = {"after": (0, MAX_ID), "limit": (1, LARGEST_PAGE)}
+            return pages | {"wait": (0, LONGEST_WAIT_S), "fields": (0, 1)} | since
         after = {} if self.id_place is None else {"after": (-MAX_ID - 1, MAX_ID)}
         return after | {"limit": (1, LARGEST_PAGE)}
 
@@ -861,7 +860,6 @@ def is_stream(db: sqlite3.Connection, table: str) -> bool:
 
 MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
-DISORDER = timedelta(seconds=15)  # on a cluster: that time, 4 s for a node to answer, and 1 s between clocks
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
 LAST_ID_S = 0.2  # for the last ids of views, which can take a look at all rows
 ROWS_OF_BATCHES = 1000  # in one COMMIT, unless one batch has more: single messages wait for all of them
@@ -1291,11 +1289,11 @@ class Store:
                 db.text_factory = bytes if is_feed else partial(str, encoding="utf-8", errors="replace")
                 yield from db.execute(sql, values)
         except sqlite3.Error as error:
-            if not (problem := self._read_problem(error, stream, filters, began)):
+            if not (problem := self.read_problem(error, stream, filters, began)):
                 raise
             raise problem from None
 
-    def _read_problem(
+    def read_problem(
         self, error: sqlite3.Error, stream: Stream, filters: Iterable[str], began: float
     ) -> Problem | None:
         """Return what a client is told when its page cannot be read, or None if the database has failed."""
@@ -1343,47 +1341,6 @@ class Store:
     def message(self, stream: Stream, message_id: int, with_fields: bool = False) -> tuple | None:
         """Return the row with an id, as page() has it, or None."""
         return next(self.page(stream, message_id - 1, 1, {}, until=message_id, with_fields=with_fields), None)
-
-    def id_before(self, stream: Stream, since: str, after: int, abandoned: Callable[[], bool]) -> int:
-        """Return the largest id whose message came before a time, or `after` if that is larger.
-
-        It is found by bisection in the stream (for a view: in the stream that it reads), because times grow with ids.
-        So it needs no index. On a cluster they do so within DISORDER, so from there on rows are looked at one by one.
-        Raises Problem 503 like page().
-        """
-        moment = datetime.fromisoformat(since)
-        disorder = timedelta(0) if self.database.is_near else min(DISORDER, moment - datetime.min.replace(tzinfo=UTC))
-        early = in_utc(moment - disorder)
-        began, tables = time.monotonic(), [each for each in self.schema.streams.values() if each.takes]
-        read = [each for each in tables if each.sources <= stream.sources]
-        table = read[0] if len(read) == 1 else stream
-        columns = "CAST(t.id AS INTEGER), CAST(ifnull(t.received_at, '') AS TEXT)"
-        sql = f'SELECT {columns} FROM "{table.name}" AS t WHERE t.id > ? ORDER BY t.id LIMIT 1'
-        last = self.last_id(table)
-        low, high = after, MAX_ID if last is None else max(after, last)
-        try:
-            with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
-                db.text_factory = partial(str, encoding="utf-8", errors="replace")
-                while low < high:
-                    middle = (low + high) // 2
-                    found = db.execute(sql, (middle,)).fetchone()
-                    is_before = found and found[1] < early and found[0] > middle
-                    low, high = (found[0], high) if is_before else (low, middle)
-                if disorder:
-                    low = max(low, db.execute(before_first(table), (low, since)).fetchone()[0] or 0)
-        except sqlite3.Error as error:
-            raise self._read_problem(error, stream, (), began) or error from None
-        return low
-
-
-def before_first(table: Stream) -> str:
-    """Return the SQL of the id before the first message behind an id that came at a time or later, or the last id.
-
-    It is one statement: between two, messages could come, and be passed over.
-    """
-    rows = f'FROM "{table.name}" AS t'
-    first = f"SELECT CAST(t.id AS INTEGER) - 1 {rows} WHERE t.id > ? AND t.received_at >= ? ORDER BY t.id LIMIT 1"
-    return f"SELECT ifnull(({first}), (SELECT max(CAST(t.id AS INTEGER)) {rows}))"
 
 
 def rows_of(entry: Entry, received_at: str, bodies: Iterable[str]) -> Iterator[tuple]:
@@ -2314,7 +2271,7 @@ LONGEST_MEDIA_TYPE = 256  # characters: Falcon's parser takes time with the squa
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 NDJSON_TYPES = (NDJSON, "application/jsonl", "application/ndjson")
-CSV = "text/csv"
+CSV = "text/csv"  # for extras/reading.py
 FORM = "application/x-www-form-urlencoded"  # for extras/senders.py
 ACCEPTED_TYPES = [JSON, "application/*+json", *NDJSON_TYPES]
 HEADERS = ("HTTP_", "CONTENT_TYPE", "CONTENT_LENGTH")  # what they begin with in WSGI
@@ -2573,21 +2530,13 @@ def query_from(params: Mapping[str, str | list[str]], stream: Stream, only: Sequ
         if name not in stream.parameters:
             filters[name] = value
         elif name == "since":
-            since = time_in(value)
+            since = extra("reading").time_in(value)
         else:
             low, high = stream.parameters[name]
             if not re.fullmatch(r"-?[0-9]{1,19}", value) or not low <= int(value) <= high:
                 raise Problem(400, f"{name} takes a whole number from {low} to {high}.")
             numbers[name] = int(value)
     return Query(numbers, since, filters)
-
-
-def time_in(text: str) -> str:
-    """Return a date or a time (RFC 3339) as received_at has it; Problem 400."""
-    try:
-        return in_utc(datetime.fromisoformat(text.upper()))
-    except (ValueError, OverflowError):
-        raise Problem(400, "since takes a time such as 2026-11-27T00:00:00Z (a + is written %2B), or a date.") from None
 
 
 def preferred(req: falcon.Request, resp: falcon.Response, *types: str) -> str:
@@ -2651,25 +2600,6 @@ def object_of(names: Iterable[str], row: tuple) -> str:
     return f"{{{', '.join(members)}}}"
 
 
-def names_in_csv(stream: Stream) -> list[str]:
-    headers = ["headers"] if stream.has_headers else []
-    return in_csv(stream, (*MESSAGE_COLUMNS, *headers, *stream.fields) if stream.has_ids else tuple(stream.fields))
-
-
-def in_csv(stream: Stream, row: tuple) -> list[Any]:
-    """Return the columns of a row in their order in CSV: those of a feed with its fields before body and headers."""
-    if not stream.has_ids:
-        return list(row)
-    fields = 5 + stream.has_headers
-    return [*row[:4], *row[fields:], in_unicode(row[4]), *row[5:fields]]
-
-
-def csv_line(values: Iterable[Any]) -> bytes:
-    """Return a line as RFC 4180 has it: NULL is empty, a BLOB is in hexadecimal. Texts stay what they are."""
-    texts = [value.hex() if isinstance(value, bytes) else value for value in values]
-    return csv.writer(SimpleNamespace(write=str)).writerow(texts).encode()  # type: ignore[attr-defined]
-
-
 def as_lines(texts: list[bytes]) -> bytes:
     """Return JSON texts, each on a line. They have line breaks between tokens only, where a space means the same."""
     return b"".join(b"%b\n" % text.replace(b"\n", b" ").replace(b"\r", b" ") for text in texts)
@@ -2701,12 +2631,14 @@ class ViewResource:
     def __init__(self, store: Store, stream: Stream, max_body: int, waits: Any = None):
         self._store, self._max_body, self._waits = store, max_body, waits
         self.stream = stream
+        self._reading = extra("reading")
+        self._kinds = (JSON, *NDJSON_TYPES, CSV) if self._reading else (JSON, *NDJSON_TYPES)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         stream = self.stream
         req.context.client.require("read", stream)
         query = query_from(req.params, stream)
-        kind = preferred(req, resp, JSON, *NDJSON_TYPES, CSV)
+        kind = preferred(req, resp, *self._kinds)
         arrived_at = req.env.get("inlet.arrived_at", math.inf)
         if not req.env.get("inlet.held") and time.monotonic() > arrived_at + READ_TIMEOUT_S:
             raise Problem(503, "Too many slow reads are waiting.")
@@ -2724,23 +2656,28 @@ class ViewResource:
             wait.hold(req.env)
             return
         member, tail = b"messages" if stream.has_ids else b"rows", b', "more": true' if has_more else b""
-        if stream.id_place is not None and (after is not None or not texts):
-            given: dict[str, Any] = {} if after is None else {"after": after}
-            given |= {name: number for name, number in query.numbers.items() if name != "after"}
-            if query.since and not texts:
-                given["since"] = query.since
-                if not stream.takes:  # an id of the stream would tell what the view does not show
-                    given["after"] = query.numbers.get("after", 0)
-            next_page = f"{link(req, stream.name)}?{urlencode(given | query.filters)}"
+        if next_page := self._next_page(req, query, after, not texts):
             resp.set_header("Link", f'<{next_page}>; rel="next"')
             tail = (b"" if stream.has_ids else tail) + f', "next": {json_string(next_page)}'.encode()
-        if kind == CSV:
-            resp.content_type = f"{CSV}; charset=utf-8"
-            resp.data = b"".join([csv_line(names_in_csv(stream)), *texts])
-        elif kind != JSON:
-            resp.content_type, resp.data = NDJSON, as_lines(texts)
-        else:
+        if kind == JSON:
             resp.data = b'{"%b": [%b]%b}' % (member, b", ".join(texts), tail)
+        elif kind == CSV:
+            resp.content_type, resp.data = f"{CSV}; charset=utf-8", self._reading.csv_page(stream, texts)
+        else:
+            resp.content_type, resp.data = NDJSON, as_lines(texts)
+
+    def _next_page(self, req: falcon.Request, query: Query, after: int | None, is_empty: bool) -> str:
+        """Return the path of the page behind an id, or of this one once more if it is empty; "" if there is none."""
+        stream = self.stream
+        if stream.id_place is None or (after is None and not is_empty):
+            return ""
+        given: dict[str, Any] = {} if after is None else {"after": after}
+        given |= {name: number for name, number in query.numbers.items() if name != "after"}
+        if query.since and is_empty:
+            given["since"] = query.since
+            if not stream.takes:  # an id of the stream would tell what the view does not show
+                given["after"] = query.numbers.get("after", 0)
+        return f"{link(req, stream.name)}?{urlencode(given | query.filters)}"
 
     def _page(
         self, query: Query, kind: str, is_abandoned: Callable[[], bool], seen: int = 0
@@ -2755,7 +2692,7 @@ class ViewResource:
         with_fields, limit = kind == CSV or bool(numbers.get("fields")), numbers.get("limit", DEFAULT_PAGE)
         after = numbers.get("after", 0 if stream.has_ids else None)
         if since and after is not None:
-            after = self._store.id_before(stream, since, after, is_abandoned)
+            after = self._reading.id_before(self._store, stream, since, after, is_abandoned)
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
             # One row more than are shown says that there are more.
             begin = seen if seen and after is not None and seen > after else after
@@ -2787,7 +2724,7 @@ class ViewResource:
     def _text(self, row: tuple, kind: str, with_fields: bool) -> bytes:
         """Return a row as an envelope, as an object or as a line of CSV."""
         if kind == CSV:
-            return csv_line(in_csv(self.stream, row))
+            return self._reading.csv_row(self.stream, row)
         if self.stream.has_ids:
             return envelope(self.stream, row, with_fields)
         return object_of(self.stream.fields, row).encode()

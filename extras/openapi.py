@@ -64,7 +64,11 @@ OR_NULL = ID | {"type": ["integer", "null"]}
 THE_ID = parameter("id", ID, "path")
 FIELDS = parameter("fields", integer(0, 1))
 PAGE = [parameter("limit", integer(1, service.LARGEST_PAGE)), FIELDS]
-PAGE += [parameter("wait", integer(0, service.LONGEST_WAIT_S)), parameter("since", TEXT | {"format": "date-time"})]
+PAGE += [parameter("wait", integer(0, service.LONGEST_WAIT_S))]
+OTHER_KINDS = {NDJSON: TEXT}
+if service.extra("reading"):
+    PAGE += [parameter("since", TEXT | {"format": "date-time"})]
+    OTHER_KINDS |= {CSV: TEXT}
 
 
 class OpenApiResource:
@@ -125,7 +129,7 @@ def reads(stream: Stream) -> Json:
     envelope["properties"] |= {"headers": {}, "fields": {"properties": {field: {} for field in stream.fields}}}
     page = shape(messages={"type": "array", "items": envelope}, next=TEXT)
     parameters = [parameter("after", integer(0, MAX_ID)), *PAGE, *(parameter(name, TEXT) for name in stream.fields)]
-    kinds = {JSON: page, NDJSON: TEXT, CSV: TEXT}
+    kinds = {JSON: page} | OTHER_KINDS
     feed = operation(f"read.{name}", "Messages in commit order", kinds, parameters)
     one = operation(f"read_one.{name}", "One message", {JSON: envelope, NDJSON: TEXT}, [THE_ID, FIELDS])
     alone = operation(f"read_body.{name}", "Its body, as it was sent", {JSON: body(stream)}, [THE_ID])
@@ -139,7 +143,7 @@ def report(stream: Stream) -> Json:
     parameters += [] if stream.id_place is None else [parameter("after", integer(-MAX_ID - 1, MAX_ID))]
     page = shape(rows=rows)
     page["properties"] |= {"more": {"type": "boolean"}} | ({} if stream.id_place is None else {"next": TEXT})
-    kinds = {JSON: page, NDJSON: TEXT, CSV: TEXT}
+    kinds = {JSON: page} | OTHER_KINDS
     found = operation(f"read.{stream.name}", "The rows of a report", kinds, parameters)
     return {f"/{stream.name}": {"get": found}}
 

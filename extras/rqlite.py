@@ -5,46 +5,36 @@ Cluster does what Database does in service.py, by the HTTP API of the nodes: htt
 applied it.
 """
 
-import base64
 import contextlib
 import http.client
-import io
 import json
 import math
-import os
 import re
-import select
 import shutil
 import sqlite3
-import ssl
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
 import service
 from service import BUSY_TIMEOUT_S, PAGE_BYTES, READ_TIMEOUT_S, Entry, Schema, SetupError, Stored, Stream
 
-CONNECT_TIMEOUT_S = 1.0
-WRITE_TIMEOUT_S = 4.0  # a new leader is there after 1 to 3 s
+if TYPE_CHECKING:
+    import nodes
+else:
+    nodes = service.needed("nodes", "a cluster")
+
 COPY_TIMEOUT_S = 600.0
 LOOK_UP_S = 60.0  # for the outcome of a migrate whose answer was lost
-BYTES_A_SECOND = 4 * 1024 * 1024  # the slowest transfer of a request
-IDLE_S = 20.0  # a connection that was idle for so long is not used again
-PAUSE_S = 0.05  # before a node is asked again
-HAND_ON_S = 10.0  # before the leader is looked for among the nodes again
 LOOK_S = 0.5  # before the triggers are read again, or a statement is compiled again
-LARGEST_ANSWER = 256 * 1024 * 1024  # bytes
 REQUEST_BYTES = 8 * 1024 * 1024  # of messages in one entry of the Raft log
 READS = re.compile(r"SELECT|EXPLAIN|PRAGMA (?!\w+ =)")
 FRESHNESS = re.compile(r"freshness=[1-9]\d*(?:ms|s|m)")
 BLOB = re.compile(r"\s*x'[0-9a-f]*'\s*", re.IGNORECASE)  # a text that rqlite takes for a BLOB
-HOST = re.compile(r"[\w:-]+(\.[\w:-]+)*\.?")
 ROW_AS_JSON = "row as JSON"  # the name of a column that has a whole row, as JSON in hexadecimal
 MADE_BY_ANOTHER = ("table clients already exists", "table clients_version already exists")
 
@@ -76,125 +66,6 @@ FAULT = re.compile(
 )
 # What migrate has not found in the copy must not be in the cluster either: a row in this table undoes all of it.
 GUARD = '"must not be there when it migrates"'
-# Answers of a node that has certainly carried nothing out: store/store.go, http/service.go and cluster/client.go of
-# rqlite 8.43.4, and api.go of hashicorp/raft 1.7.3. "pool get" and "write": it could not hand a request to the leader.
-NOT_TAKEN = re.compile(
-    r"(?:node failed to process \w+ on remote node at \S+: )?(?:not leader|(?:leader address: )?leader not found"
-    r"|store not open|store not ready|leadership transfer in progress|timed out enqueuing operation"
-    r"|(?:pool get|write length|write protobuf bytes): .*)",
-    re.DOTALL,
-)
-
-
-class NotTaken(sqlite3.OperationalError):
-    """A request that was certainly not carried out, so it can be sent again."""
-
-
-class NotLeader(NotTaken):
-    """The node is not the leader, and was asked not to hand the request on."""
-
-
-class Node:
-    """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or more than that."""
-
-    def __init__(self, url: SplitResult):
-        host = url.hostname or ""
-        if not HOST.fullmatch(host) or url.path.strip("/") or url.query or url.fragment:
-            raise ValueError(url)
-        self.name = f"{host}:{url.port or 4001}"
-        if url.scheme == "https":
-            self._new: Any = partial(http.client.HTTPSConnection, host, url.port or 4001, context=tls_context())
-        else:
-            self._new = partial(http.client.HTTPConnection, host, url.port or 4001)
-        self._headers = {"Content-Type": "application/json"}
-        if url.username:
-            user = f"{unquote(url.username)}:{unquote(url.password or '')}"
-            self._headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
-        self._idle: list[tuple[http.client.HTTPConnection, float, int]] = []  # used last at that time, by that process
-
-    @contextlib.contextmanager
-    def request(self, method: str, path: str, body: bytes, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
-        """Send a request and yield its answer. The block reads all of it.
-
-        Raises NotTaken if there is no connection, and OSError or HTTPException if there is no answer.
-        """
-        timeout_s = max(timeout_s, PAUSE_S)  # 0 would mean not to wait
-        connection = self._idle_connection()
-        if not connection:
-            connection = self._new(timeout=min(timeout_s, CONNECT_TIMEOUT_S))
-            try:
-                connection.connect()
-            except (OSError, ValueError) as error:  # ValueError: of a name that is no name
-                raise NotTaken(f"{self.name}: {error}") from None
-        try:
-            connection.sock.settimeout(timeout_s)
-            connection.request(method, path, body, self._headers)
-            connection.response_class = partial(response_until, time.monotonic() + timeout_s)
-            yield connection.getresponse()
-        except BaseException:
-            connection.close()
-            raise
-        self._idle.append((connection, time.monotonic(), os.getpid()))
-
-    def _idle_connection(self) -> http.client.HTTPConnection | None:
-        """Return a connection that is still open, or None. A write on a closed one has no known outcome."""
-        with contextlib.suppress(IndexError):
-            while True:
-                connection, used_at, user = self._idle.pop()
-                if connection.sock and time.monotonic() < used_at + IDLE_S and user == os.getpid():
-                    poller = select.poll()
-                    poller.register(connection.sock, select.POLLIN)
-                    if not poller.poll(0):
-                        return connection
-                connection.close()
-        return None
-
-    def close(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop()[0].close()
-
-
-class DeadlineSocket(io.RawIOBase):
-    """A socket for http.client with one deadline for the whole answer. settimeout() limits only each recv()."""
-
-    def __init__(self, sock: Any, until: float):
-        self._sock, self._until = sock, until
-        # It keeps the socket open, which http.client closes after the head of a last answer.
-        self._file = sock.makefile("rb", buffering=0)
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        left_s = self._until - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("the answer has no end")
-        self._sock.settimeout(left_s)
-        return self._file.readinto(buffer)
-
-
-def response_until(deadline: float, sock: Any, **more: Any) -> http.client.HTTPResponse:
-    limited: Any = DeadlineSocket(sock, deadline)
-    return http.client.HTTPResponse(limited, **more)
-
-
-def tls_context() -> ssl.SSLContext:
-    """Return how to speak to nodes: with a certificate of our own, if they ask for one. SetupError if it is no good."""
-    context = ssl.create_default_context()  # SSL_CERT_FILE names the authority
-    if certificate := os.environ.get("INLET_NODE_CERT"):
-        try:
-            context.load_cert_chain(certificate, os.environ.get("INLET_NODE_KEY"))
-        except OSError as error:
-            raise SetupError(f"INLET_NODE_CERT and INLET_NODE_KEY cannot be used: {error}") from None
-    return context
 
 
 class Rows(list):
@@ -259,8 +130,8 @@ class Recorder:
         return self.copy.in_transaction
 
 
-class Cluster:
-    """The nodes of a cluster. Requests go to the leader. With ?freshness, reads go to one node until it fails."""
+class Cluster(nodes.Nodes):
+    """A cluster of rqlite. With ?freshness, reads go to one node until it fails."""
 
     is_near = False
 
@@ -269,7 +140,7 @@ class Cluster:
         user, at, hosts = rest.rpartition("@")
         hosts, _, option = hosts.partition("?")
         try:
-            self.nodes = [Node(urlsplit(f"{scheme}://{user}{at}{host}")) for host in hosts.split(",")]
+            super().__init__([f"{scheme}://{user}{at}{host}" for host in hosts.split(",")])
             if option and not FRESHNESS.fullmatch(option):
                 raise ValueError(option)
         except ValueError:  # without the value, for it can hold a password
@@ -279,14 +150,11 @@ class Cluster:
         # With ?freshness, any node answers that has heard from the leader so recently.
         self._read_level = f"none&{option}&freshness_strict" if option else "weak"
         self.opened = 0  # no files are open here that could be replaced
-        self._current = 0  # the node that is asked
         self._comparison: Any = None
-        self._led_at = -math.inf  # when the leader has answered
-        self._handed_on_until = -math.inf  # until then, a follower may hand requests on: no listed node leads
         self._triggers, self._triggers_at = "", -math.inf  # their SQL, and when it was read
         self._compiled: dict[str, tuple[float, bool]] = {}  # when it was tried whether a stream can take messages
         self._closed = threading.Event()
-        self.repeated, self.unknown = 0, 0  # requests that were sent again; messages whose outcome is not known
+        self.unknown = 0  # messages whose outcome is not known
 
     def __str__(self) -> str:
         return f"the cluster at {', '.join(node.name for node in self.nodes)}"
@@ -295,8 +163,7 @@ class Cluster:
         self._closed.set()
         if self._comparison:
             self._comparison.stop()
-        for node in self.nodes:
-            node.close()
+        super().close()
 
     def repeat(self, read: Callable[[], object], interval_s: float) -> None:
         """Call read() again and again in a thread, until close(): no request waits for it."""
@@ -309,7 +176,7 @@ class Cluster:
 
     def measures(self) -> Iterator[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
         """Yield metrics: the name, the type, what it is, and its values with their labels."""
-        asked = {"node": self.nodes[self._current].name}
+        asked = {"node": self.current.name}
         yield "cluster_node", "gauge", "The node that this process asks.", [(asked, 1)]
         yield "cluster_repeated_total", "counter", "Requests that were sent to a node again.", [({}, self.repeated)]
         unknown = "Messages that got 503 though they may have been stored."
@@ -359,7 +226,7 @@ class Cluster:
     def _require_foreign_keys(self) -> None:
         for node in self.nodes:  # of those that answer
             with contextlib.suppress(sqlite3.Error, OSError, http.client.HTTPException):
-                results = self.ask(node, "/db/query?level=none", b'["PRAGMA foreign_keys"]', CONNECT_TIMEOUT_S)
+                results = self.ask(node, "/db/query?level=none", b'["PRAGMA foreign_keys"]', nodes.CONNECT_TIMEOUT_S)
                 if results[0].get("values") != [[1]]:
                     raise SetupError(f"the node {node.name} checks no foreign keys: start it with -fk")
 
@@ -395,11 +262,11 @@ class Cluster:
         deadlines = [entry.deadline for entry in entries]
         statements = [insert_of(group[0].stream, rows_of(group, received_at)) for group in groups]
         try:
-            _, *answers = self._send(
+            _, *answers = self.send(
                 "/db/execute?noparse", [CHECK_FOREIGN_KEYS, *statements], max(deadlines), repeat_until=min(deadlines)
             )
-        except NotTaken as error:
-            late = [entry for entry in entries if entry.deadline < time.monotonic() + PAUSE_S]
+        except nodes.NotTaken as error:
+            late = [entry for entry in entries if entry.deadline < time.monotonic() + nodes.PAUSE_S]
             results |= dict.fromkeys(late, error)
             return [in_time for group in groups if (in_time := [entry for entry in group if entry not in late])]
         except sqlite3.Error as error:
@@ -425,7 +292,7 @@ class Cluster:
         """Insert a refused batch again, with a statement for each line, to find the bad line. It can succeed now."""
         statements = [insert_of(entry.stream, [row]) for row in rows_of([entry], received_at)]
         try:
-            answers = self._send("/db/execute?noparse&transaction", statements, entry.deadline)
+            answers = self.send("/db/execute?noparse&transaction", statements, entry.deadline)
         except sqlite3.Error as error:
             return error
         entry.ordinal = len(answers)  # they end at the one that was refused
@@ -433,7 +300,7 @@ class Cluster:
         return self._refusal_in(last, entry.stream) or results_of([entry], last, received_at)[entry]
 
     def execute_all(
-        self, writes: list[list], deadline: float, timeout_s: float = WRITE_TIMEOUT_S, leader_only: bool = False
+        self, writes: list[list], deadline: float, timeout_s: float = nodes.WRITE_TIMEOUT_S, leader_only: bool = False
     ) -> None:
         """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known.
 
@@ -441,7 +308,7 @@ class Cluster:
         """
         if writes:
             path = "/db/execute?noparse&transaction" + ("&redirect" if leader_only else "")
-            answers = self._send(path, writes, deadline + timeout_s, timeout_s, repeat_until=deadline)
+            answers = self.send(path, writes, deadline + timeout_s, timeout_s, repeat_until=deadline)
             if error := error_in(answers[-1]):
                 raise error
 
@@ -469,9 +336,9 @@ class Cluster:
     def _query(self, queries: list[tuple[str, Any]], level: str, deadline: float) -> list[Rows | sqlite3.Error]:
         left_ms = max(1, int((deadline - time.monotonic()) * 1000))
         path = f"/db/query?level={level}&timeout={left_ms + 500}ms&db_timeout={left_ms}ms"
-        timeout_s = READ_TIMEOUT_S + 1 if level == self._read_level else WRITE_TIMEOUT_S  # only pages may be slow
+        timeout_s = READ_TIMEOUT_S + 1 if level == self._read_level else nodes.WRITE_TIMEOUT_S  # only pages may be slow
         # The node ends a slow query before the deadline that is given here.
-        answers = self._send(path, [statement(*query) for query in queries], deadline + 1, timeout_s)
+        answers = self.send(path, [statement(*query) for query in queries], deadline + 1, timeout_s)
         return [error_in(answer) or rows_in(answer) for answer in answers]
 
     def page_sql(self, stream: Stream, conditions: str, with_fields: bool) -> str:
@@ -500,7 +367,7 @@ class Cluster:
         """Return the bytes of the database, by the name of the metric."""
         sql = "SELECT c.page_count * s.page_size FROM pragma_page_count AS c, pragma_page_size AS s"
         with contextlib.suppress(sqlite3.Error):
-            return {"database_bytes": self.query(sql, (), "none", time.monotonic() + CONNECT_TIMEOUT_S)[0][0]}
+            return {"database_bytes": self.query(sql, (), "none", time.monotonic() + nodes.CONNECT_TIMEOUT_S)[0][0]}
         return {}
 
     # migrate and backup
@@ -512,7 +379,7 @@ class Cluster:
         while time.monotonic() < deadline:  # a node makes one copy at a time
             for node in self.nodes:
                 try:
-                    self.ask(node, "/db/query?level=none", b'["SELECT 1"]', CONNECT_TIMEOUT_S)  # or it hangs
+                    self.ask(node, "/db/query?level=none", b'["SELECT 1"]', nodes.CONNECT_TIMEOUT_S)  # or it hangs
                     with node.request("GET", "/db/backup", b"", COPY_TIMEOUT_S) as answer, open(target, "wb") as file:
                         shutil.copyfileobj(answer, file)
                     if answer.status == 200:
@@ -521,7 +388,7 @@ class Cluster:
                     failure = f"{node.name}: {answer.status} {answer.reason}"
                 except (sqlite3.Error, OSError, http.client.HTTPException) as error:
                     failure = f"{node.name}: {error}"
-            time.sleep(PAUSE_S)
+            time.sleep(nodes.PAUSE_S)
         raise sqlite3.OperationalError(f"no node gives a whole copy: {failure}")
 
     @contextlib.contextmanager
@@ -550,7 +417,7 @@ class Cluster:
             try:
                 self.execute_all(writes, time.monotonic() + BUSY_TIMEOUT_S, COPY_TIMEOUT_S, leader_only=True)
             except sqlite3.OperationalError as error:
-                if isinstance(error, NotTaken) or not will_change or not self._is_migrated(schema):
+                if isinstance(error, nodes.NotTaken) or not will_change or not self._is_migrated(schema):
                     raise
 
     def _is_migrated(self, schema: Schema) -> bool:
@@ -558,82 +425,7 @@ class Cluster:
         db: Any = Connection(self, "strong", time.monotonic() + LOOK_UP_S)
         return not service.differences(db, schema)
 
-    # Requests
-
-    def _send(
-        self,
-        path: str,
-        statements: list[list],
-        deadline: float,
-        timeout_s: float = WRITE_TIMEOUT_S,
-        repeat_until: float | None = None,
-    ) -> list[dict[str, Any]]:
-        """Return the answers to statements, one for each; those of a transaction end at the one that is refused.
-
-        A query, and what was certainly not carried out, is sent to the next node, until the deadline, or an earlier
-        time. Raises NotTaken then, or sqlite3.OperationalError for what has no known outcome.
-        """
-        is_query, is_for_leader = path.startswith("/db/query"), "level=none" not in path
-        body = json.dumps(statements, ensure_ascii=False).encode(errors="replace")
-        timeout_s += len(body) / BYTES_A_SECOND
-        tried: set[int] = set()
-        saw_follower = False
-        while True:
-            asked = self._current
-            # A follower would hand it on, and lose all answers if an error in one is not UTF-8 (a lone surrogate).
-            is_direct = is_for_leader and time.monotonic() > self._handed_on_until and "redirect" not in path
-            full_path = f"{path}&redirect" if is_direct else path
-            try:
-                answers = self.ask(self.nodes[asked], full_path, body, min(deadline - time.monotonic(), timeout_s))
-                refused = "transaction" in path and answers and "error" in answers[-1]
-                if len(answers) != len(statements) and not refused:
-                    raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
-                if is_direct:
-                    self._led_at = time.monotonic()
-                return answers
-            except (sqlite3.Error, OSError, http.client.HTTPException) as error:
-                self._current = (asked + 1) % len(self.nodes)
-                tried.add(asked)
-                saw_follower = saw_follower or isinstance(error, NotLeader)
-                is_long_without = time.monotonic() > self._led_at + WRITE_TIMEOUT_S  # or an election may go on
-                if saw_follower and len(tried) == len(self.nodes) and is_long_without:
-                    self._handed_on_until = time.monotonic() + HAND_ON_S
-                can_repeat = is_query or isinstance(error, NotTaken)
-                if not can_repeat or time.monotonic() + PAUSE_S > (repeat_until or deadline):
-                    kind = NotTaken if isinstance(error, NotTaken) else sqlite3.OperationalError
-                    raise kind(str(error) or type(error).__name__) from None
-            self.repeated += 1
-            time.sleep(PAUSE_S)
-
-    def ask(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
-        """Return the answers of a node. Raises NotTaken, or another error if the outcome is not known."""
-        data = bytearray()
-        with node.request("POST", path, body, timeout_s) as answer:
-            while part := answer.read1(65_536):
-                data += part
-                if len(data) > LARGEST_ANSWER:
-                    raise TimeoutError(f"{node.name}: the answer has no end")
-            answer.close()  # read1() does not see the end
-        text = data.decode(errors="replace").strip()
-        found: Any = None
-        if answer.status == 200:
-            with contextlib.suppress(ValueError, RecursionError):
-                found = json.loads(text)
-        found = found if isinstance(found, dict) else {}
-        error = str(found.get("error", text))
-        answers = found.get("results")
-        if "error" not in found and isinstance(answers, list) and all(map(is_answer, answers)):
-            return answers
-        told = f"{node.name}: {answer.status} {error[:200]}"
-        if NOT_TAKEN.fullmatch(error):
-            raise NotTaken(told)
-        if answer.status == 401:
-            raise NotTaken(f"{node.name}: the user or the password is not right, or lacks a permission")
-        if answer.status == 301:  # it was asked to redirect
-            raise NotLeader(f"{node.name} is not the leader")
-        if answer.status in (307, 308, 400, 403, 404, 405):
-            raise NotTaken(told)
-        raise sqlite3.OperationalError(told)
+    # Refusals
 
     def _refusal_in(self, answer: dict[str, Any], stream: Stream) -> sqlite3.Error | None:
         """Return the error in the answer to an INSERT, with the name of its code, or None.
@@ -657,7 +449,7 @@ class Cluster:
             self._triggers_at = time.monotonic()
             sql = "SELECT s.sql FROM sqlite_schema AS s WHERE s.type = 'trigger'"
             with contextlib.suppress(sqlite3.Error):
-                rows = self.query(sql, (), "weak", time.monotonic() + CONNECT_TIMEOUT_S)
+                rows = self.query(sql, (), "weak", time.monotonic() + nodes.CONNECT_TIMEOUT_S)
                 self._triggers = "\n".join(" ".join(service.normal(sql)) for (sql,) in rows)
         return raises in self._triggers
 
@@ -667,7 +459,7 @@ class Cluster:
         if time.monotonic() > tried_at + LOOK_S:
             is_possible = True
             try:
-                self.execute_all([statement(*stream.explain)], time.monotonic() + CONNECT_TIMEOUT_S)
+                self.execute_all([statement(*stream.explain)], time.monotonic() + nodes.CONNECT_TIMEOUT_S)
             except sqlite3.Error:
                 is_possible = False
             self._compiled[stream.name] = time.monotonic(), is_possible
@@ -686,14 +478,6 @@ def statement(sql: str, values: tuple | dict) -> list:
         sql = re.sub(r"\?\d*", r"(\g<0> ->> '$')", sql)
         values = tuple(map(json.dumps, values))
     return [sql, *values]
-
-
-def is_answer(found: Any) -> bool:
-    """Is this what a node answers to one statement?"""
-    if not isinstance(found, dict):
-        return False
-    rows, last_id = found.get("values") or [], found.get("last_insert_id", 0)
-    return isinstance(last_id, int) and isinstance(rows, list) and all(isinstance(row, list) for row in rows)
 
 
 def error_in(answer: dict[str, Any]) -> sqlite3.Error | None:

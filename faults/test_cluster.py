@@ -26,6 +26,7 @@ import service
 from test_service import DEADLINE_S, HERE, TOKEN, send, stream_sql
 
 rqlite, same, migrate = (service.extra(name) for name in ("rqlite", "same", "migrate"))
+NotTaken = service.extra("nodes").NotTaken
 RQLITED = os.environ.get("INLET_RQLITED") or shutil.which("rqlited")
 ADDRESSES = [f"10.77.0.{n}" for n in (1, 2, 3)]
 URL = f"http://{','.join(f'{address}:4001' for address in ADDRESSES)}"
@@ -1239,11 +1240,11 @@ def test_a_write_is_sent_again_only_if_it_was_certainly_not_taken(answer, is_sen
     first, second, cluster = misbehaving
     first.answer, second.answer = answer, GOOD
     try:
-        cluster._send("/db/execute", [["INSERT"]], time.monotonic() + 5)
+        cluster.send("/db/execute", [["INSERT"]], time.monotonic() + 5)
     except sqlite3.OperationalError:
         assert not is_sent_again
     assert (len(first.asked), len(second.asked)) == (1, int(is_sent_again))
-    cluster._send("/db/execute", [["INSERT"]], time.monotonic() + 5)  # the next one goes to the other node
+    cluster.send("/db/execute", [["INSERT"]], time.monotonic() + 5)  # the next one goes to the other node
     assert (len(first.asked), len(second.asked)) == (1, 1 + is_sent_again)
 
 
@@ -1517,7 +1518,7 @@ def test_a_message_is_withdrawn_at_its_own_deadline_while_no_node_takes_it(misbe
     time.sleep(1)
     first.answer = second.answer = answered({"last_insert_id": 49, "rows_affected": 49})
     thread.join(DEADLINE_S)
-    assert isinstance(found[0], rqlite.NotTaken)
+    assert isinstance(found[0], NotTaken)
     assert [each.first_id for each in found[1:]] == list(range(1, 50))
     assert (cluster.repeated > 2, cluster.unknown) == (True, 0)
 
@@ -1555,7 +1556,7 @@ def test_migrate_goes_to_the_leader_and_looks_up_what_became_of_it(misbehaving, 
     cluster.execute_all([["UPDATE"]], time.monotonic() + 5, 30)
     assert ["redirect" in path for path in (*first.asked, *second.asked)] == [True, True]
     second.answer = 301, ""
-    with pytest.raises(rqlite.NotTaken, match="is not the leader"):
+    with pytest.raises(NotTaken, match="is not the leader"):
         cluster.execute_all([["UPDATE"]], time.monotonic() + 0.5, 30)
 
 
@@ -1563,7 +1564,7 @@ def test_if_no_node_in_the_list_is_the_leader_they_hand_requests_on(misbehaving)
     first, second, cluster = misbehaving
     first.answers, second.answers, first.answer = [(301, "")], [(301, "")], GOOD
     for _ in range(3):
-        assert cluster._send("/db/execute?noparse", [["INSERT"]], time.monotonic() + 5)
+        assert cluster.send("/db/execute?noparse", [["INSERT"]], time.monotonic() + 5)
     assert ["redirect" in path for path in first.asked] == [True, False, False, False]
     assert ["redirect" in path for path in second.asked] == [True]
 
@@ -1574,7 +1575,7 @@ def test_an_election_is_waited_for_and_nothing_handed_on(misbehaving):
     first.answers, second.answers, second.answer = [GOOD], [(301, "")] * 3, GOOD
     first.answer = 503, "leader not found"
     for _ in range(2):
-        assert cluster._send("/db/execute?noparse", [["INSERT"]], time.monotonic() + 5)
+        assert cluster.send("/db/execute?noparse", [["INSERT"]], time.monotonic() + 5)
     assert all("redirect" in path for path in (*first.asked, *second.asked))
     assert len(second.asked) == 4
 
@@ -1637,7 +1638,7 @@ def test_a_connection_that_the_node_has_closed_is_not_used(misbehaving):
     first, second, cluster = misbehaving
     first.answer, first.hangs_up = GOOD, True
     for _ in range(3):
-        assert cluster._send("/db/execute", [["INSERT"]], time.monotonic() + 5)
+        assert cluster.send("/db/execute", [["INSERT"]], time.monotonic() + 5)
         time.sleep(0.2)
     assert (len(first.asked), len(second.asked)) == (3, 0)
 
