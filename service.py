@@ -1100,13 +1100,7 @@ class Store:
         except (sqlite3.Error, OSError, MemoryError) as error:
             # A TimeoutError says that the lock was not free in time. Entries that can wait longer stay in the queue.
             until = time.monotonic() if isinstance(error, TimeoutError) else math.inf
-            failed = self._group or [entry for entry in waiting if entry.deadline <= until]
-            if failed:
-                log.error(
-                    "%d requests could not be written: %s: %s", len(failed), type(error).__name__, words_of(error)
-                )
-            for entry in failed:
-                self._give_up(entry, error)
+            self._give_all_up(self._group or [entry for entry in waiting if entry.deadline <= until], error)
         finally:
             for entry in self._group:  # that has no result, because there is a bug
                 self._give_up(entry, RuntimeError())
@@ -1181,6 +1175,13 @@ class Store:
                 again.append(entry)
         self._group = []
         self.queue.extendleft(reversed(again))
+
+    def _give_all_up(self, entries: list[Entry], error: Exception) -> None:
+        if entries:
+            kind = type(error).__name__
+            log.error("%d requests could not be written: %s: %s", len(entries), kind, words_of(error))
+        for entry in entries:
+            self._give_up(entry, error)
 
     def _give_up(self, entry: Entry, error: Exception) -> None:
         """Give an entry without a result a 503, or a 400 if its text is not JSON."""
@@ -1594,20 +1595,23 @@ class Database:
             if entry.lines:
                 db.execute("RELEASE batch")
             return Stored(first, last, received_at, len(entry.bodies))
-        except (sqlite3.Error, UnicodeDecodeError, MemoryError) as raised:
-            error = sqlite_error(raised)
+        except (sqlite3.Error, UnicodeDecodeError, MemoryError) as error:
             entry.ordinal = len(entry.bodies) - length_hint(left)
-            error.__traceback__ = None  # it is a result: its frames would keep the entry in memory
-            # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
-            # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
-            if not db.in_transaction:
-                raise Undone(entry, error) from None
-            if entry.lines:
-                db.execute("ROLLBACK TO batch")
-                db.execute("RELEASE batch")
-            if entry.line:  # that was looked at when its batch was refused
-                return error
-            return self._fault(db, entry.stream) or error
+            return self._undo(db, entry, sqlite_error(error))
+
+    def _undo(self, db: sqlite3.Connection, entry: Entry, error: Exception) -> Exception:
+        """Undo what was inserted of an entry, and return its error, or why its stream takes no message at all."""
+        error.__traceback__ = None  # it is a result: its frames would keep the entry in memory
+        # FULL, IOERR, NOMEM and BUSY may have rolled everything back, and the next INSERT would be a
+        # transaction of its own: https://www.sqlite.org/lang_transaction.html (3, response to errors)
+        if not db.in_transaction:
+            raise Undone(entry, error) from None
+        if entry.lines:
+            db.execute("ROLLBACK TO batch")
+            db.execute("RELEASE batch")
+        if entry.line:  # that was looked at when its batch was refused
+            return error
+        return self._fault(db, entry.stream) or error
 
     @staticmethod
     def _fault(db: sqlite3.Connection, stream: Stream) -> sqlite3.Error | None:
@@ -2642,9 +2646,8 @@ class ViewResource:
         arrived_at = req.env.get("inlet.arrived_at", math.inf)
         if not req.env.get("inlet.held") and time.monotonic() > arrived_at + READ_TIMEOUT_S:
             raise Problem(503, "Too many slow reads are waiting.")
-        wait_s = query.numbers.get("wait")
         wait = None  # begins before the page is read: what comes meanwhile ends it
-        if wait_s and self._waits:
+        if self._waits and (wait_s := query.numbers.get("wait")):
             wait = self._waits.begin(req.env, req.context.client.name, stream, query.numbers.get("after", 0), wait_s)
         is_abandoned = req.env.get("inlet.is_abandoned", lambda: False)
         seen = wait.seen if wait else 0
@@ -2936,13 +2939,7 @@ def serve(settings: argparse.Namespace, database: Database) -> None:
     given = first_token()
     token = given or secrets.token_urlsafe(32)
     is_new = store.open(token)  # behind all that can fail: it is shown only now
-    path = unix_path(settings.listen)
-    url = settings.listen if path else f"http://{settings.listen.rpartition(':')[0]}:{listeners[0].getsockname()[1]}"
-    print(f"Inlet {__version__} is listening on {url}", flush=True)
-    if is_new and not given:
-        to = f"--unix-socket {path} http://localhost" if path else url.replace("//0.0.0.0:", "//127.0.0.1:")
-        to += f"{settings.prefix}/{next(iter(store.schema.streams))}"
-        print(FIRST_STEPS.format(token=token, to=to), flush=True)
+    tell_where(settings, listeners, store.schema, token if is_new and not given else "")
     clients = Clients(store, settings.max_body, settings.cors)
     if given and clients.lack(given):
         log.warning("INLET_TOKEN is not a token of this database: only a new one takes it (client add makes others)")
@@ -2952,6 +2949,17 @@ def serve(settings: argparse.Namespace, database: Database) -> None:
     else:
         run_waitress(app, listeners, settings)
     store.close()
+
+
+def tell_where(settings: argparse.Namespace, listeners: list[socket.socket], schema: Schema, new_token: str) -> None:
+    """Print where the service listens and, at a first start, how to send it a message."""
+    path = unix_path(settings.listen)
+    url = settings.listen if path else f"http://{settings.listen.rpartition(':')[0]}:{listeners[0].getsockname()[1]}"
+    print(f"Inlet {__version__} is listening on {url}", flush=True)
+    if new_token:
+        to = f"--unix-socket {path} http://localhost" if path else url.replace("//0.0.0.0:", "//127.0.0.1:")
+        to += f"{settings.prefix}/{next(iter(schema.streams))}"
+        print(FIRST_STEPS.format(token=new_token, to=to), flush=True)
 
 
 def unix_path(listen: str) -> str:

@@ -158,13 +158,7 @@ class Connection(http1.Connection):
         started: list[Any] = []
 
         def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
-            left_out: tuple[str, ...] = ()  # HEAD says what GET would say
-            if self._poll:
-                left_out = ("content-",)  # the answer that comes later has its own
-            elif request.method != "HEAD":
-                left_out = ("content-length",)
-            kept = [(name.title(), value) for name, value in headers if not name.lower().startswith(left_out)]
-            started[:] = status, kept
+            started[:] = status, self._kept(headers)
 
         is_late = time.monotonic() > self._arrived_at + 1 and not self._held_by
         if not self._is_open or (is_late and self.is_abandoned()):
@@ -189,6 +183,15 @@ class Connection(http1.Connection):
             self._server.changed(self)
         if is_large:  # or this thread would go on to read pages faster than the loop takes them
             self._is_taken.wait()
+
+    def _kept(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return those headers of the app that are sent. HEAD says what GET would say."""
+        left_out: tuple[str, ...] = ()
+        if self._poll:
+            left_out = ("content-",)  # the answer that comes later has its own
+        elif self.request.method != "HEAD":
+            left_out = ("content-length",)
+        return [(name.title(), value) for name, value in headers if not name.lower().startswith(left_out)]
 
     def answer_if_there(self) -> None:
         """Send the answer, if the app has returned it, or has it by now. What the app keeps is counted until then."""

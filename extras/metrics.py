@@ -26,16 +26,16 @@ class MetricsResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.client.require("read")
-        store, counts = self._store, self._store.statistics
+        lines = [*self._of_database(), *self._of_requests(), *of_process()]
+        resp.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        resp.text = "\n".join([*lines, ""])
+
+    on_head = on_get
+
+    def _of_database(self) -> list[str]:
+        store = self._store
         about = {"version": __version__, "sqlite": sqlite3.sqlite_version, "python": platform.python_version()}
         last_ids = store.last_ids(each for each in store.schema.streams.values() if each.takes)
-        answers = [({"stream": stream, "status": status}, n) for (stream, status), n in counts.answers.copy().items()]
-        refused = [
-            ({"client": client, "status": status}, n)
-            for client, counted in counts.refused.copy().items()
-            for status, n in counted.copy().items()
-        ]
-        used = resource.getrusage(resource.RUSAGE_SELF)
         lines = [
             *family("inlet_build_info", "gauge", "The versions that run.", [(about, 1)]),
             *family(
@@ -53,23 +53,33 @@ class MetricsResource:
         engine: Any = store.database
         for name, kind, about_it, samples in () if engine.is_near else engine.measures():
             lines += family(f"inlet_{name}", kind, about_it, samples)
-        lines += family("inlet_requests_total", "counter", "Requests that this process has answered.", answers)
+        return lines
+
+    def _of_requests(self) -> list[str]:
+        counts = self._store.statistics
+        answers = [({"stream": stream, "status": status}, n) for (stream, status), n in counts.answers.copy().items()]
+        refused = [
+            ({"client": client, "status": status}, n)
+            for client, counted in counts.refused.copy().items()
+            for status, n in counted.copy().items()
+        ]
+        lines = [*family("inlet_requests_total", "counter", "Requests that this process has answered.", answers)]
         lines += family("inlet_refused_total", "counter", "Requests of a client that were refused.", refused)
         lines += family(
             "inlet_commits_total", "counter", "COMMITs of this process.", [({}, sum(counts.commit_s.counts))]
         )
         lines += histogram("inlet_commit_duration_seconds", "From BEGIN to COMMIT.", counts.commit_s)
-        lines += histogram("inlet_messages_per_commit", "Messages.", counts.group_sizes)
-        for name, kind, about_it, value in (
-            ("start_time_seconds", "gauge", "When this process started, in Unix time.", STARTED_AT),
-            ("cpu_seconds_total", "counter", "CPU time of this process.", used.ru_utime + used.ru_stime),
-            ("resident_memory_bytes", "gauge", "Its memory.", resident_bytes(used.ru_maxrss)),
-        ):
-            lines += family(f"process_{name}", kind, about_it, [({}, value)])
-        resp.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        resp.text = "\n".join([*lines, ""])
+        return [*lines, *histogram("inlet_messages_per_commit", "Messages.", counts.group_sizes)]
 
-    on_head = on_get
+
+def of_process() -> Iterator[str]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    for name, kind, about, value in (
+        ("start_time_seconds", "gauge", "When this process started, in Unix time.", STARTED_AT),
+        ("cpu_seconds_total", "counter", "CPU time of this process.", used.ru_utime + used.ru_stime),
+        ("resident_memory_bytes", "gauge", "Its memory.", resident_bytes(used.ru_maxrss)),
+    ):
+        yield from family(f"process_{name}", kind, about, [({}, value)])
 
 
 def family(name: str, kind: str, about: str, samples: Samples) -> Iterator[str]:

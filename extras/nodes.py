@@ -191,10 +191,7 @@ class Nodes:
             asked = self._current
             try:
                 answers = self._ask_leader(self.nodes[asked], path, body, min(deadline - time.monotonic(), timeout_s))
-                refused = "transaction" in path and answers and "error" in answers[-1]
-                if len(answers) != len(statements) and not refused:
-                    raise sqlite3.OperationalError(f"{len(answers)} answers to {len(statements)} statements")
-                return answers
+                return whole(answers, len(statements), "transaction" in path)
             except (sqlite3.Error, OSError, http.client.HTTPException) as error:
                 self._current = (asked + 1) % len(self.nodes)
                 tried.add(asked)
@@ -249,6 +246,14 @@ class Nodes:
         if answer.status in (307, 308, 400, 403, 404, 405):
             raise NotTaken(told)
         raise sqlite3.OperationalError(told)
+
+
+def whole(answers: list[dict[str, Any]], number: int, is_transaction: bool) -> list[dict[str, Any]]:
+    """Return the answers to so many statements; sqlite3.OperationalError if they are not whole."""
+    is_refused = is_transaction and answers and "error" in answers[-1]
+    if len(answers) != number and not is_refused:
+        raise sqlite3.OperationalError(f"{len(answers)} answers to {number} statements")
+    return answers
 
 
 def object_in(text: str) -> dict[str, Any]:

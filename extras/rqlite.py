@@ -260,11 +260,10 @@ class Cluster(nodes.Nodes):
         """
         entries = [entry for group in groups for entry in group]
         deadlines = [entry.deadline for entry in entries]
-        statements = [insert_of(group[0].stream, rows_of(group, received_at)) for group in groups]
+        inserts = [insert_of(group[0].stream, rows_of(group, received_at)) for group in groups]
+        writes = [CHECK_FOREIGN_KEYS, *inserts]
         try:
-            _, *answers = self.send(
-                "/db/execute?noparse", [CHECK_FOREIGN_KEYS, *statements], max(deadlines), repeat_until=min(deadlines)
-            )
+            _, *answers = self.send("/db/execute?noparse", writes, max(deadlines), repeat_until=min(deadlines))
         except nodes.NotTaken as error:
             late = [entry for entry in entries if entry.deadline < time.monotonic() + nodes.PAUSE_S]
             results |= dict.fromkeys(late, error)
@@ -273,7 +272,7 @@ class Cluster(nodes.Nodes):
             self.unknown += len(entries)
             results |= dict.fromkeys(entries, error)
             return []
-        refused = []
+        again: list[list[Entry]] = []
         for group, answer in zip(groups, answers, strict=True):
             refusal = self._refusal_in(answer, group[0].stream)
             if not refusal:
@@ -281,12 +280,11 @@ class Cluster(nodes.Nodes):
             elif refusal.sqlite_errorname not in service.REFUSALS and FAULT.match(str(refusal)):
                 results |= dict.fromkeys(group, refusal)
             elif len(group) > 1:
-                refused += [[entry] for entry in group]
-            elif group[0].lines:
-                results[group[0]] = self._insert_lines(group[0], received_at)
+                again += [[entry] for entry in group]
             else:
-                results[group[0]] = refusal
-        return refused
+                lines = group[0].lines
+                results[group[0]] = self._insert_lines(group[0], received_at) if lines else refusal
+        return again
 
     def _insert_lines(self, entry: Entry, received_at: str) -> Stored | sqlite3.Error:
         """Insert a refused batch again, with a statement for each line, to find the bad line. It can succeed now."""

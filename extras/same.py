@@ -65,50 +65,64 @@ WITHOUT_ORDER = (
 FILLS_A_TABLE = "insert|create table .* as (?:select|with|values) "
 
 
-def require_deterministic(schema: Schema) -> None:
-    """Raise SetupError if the nodes could compute a rule of schema.sql differently.
+class Reached:
+    """What SQLite's authorizer tells of schema.sql: https://www.sqlite.org/c3ref/set_authorizer.html
 
-    SQLite's authorizer tells which triggers and views a message reaches, and which functions these call:
-    https://www.sqlite.org/c3ref/set_authorizer.html
+    calls: functions, by the names of the triggers and views that call them. inserted: tables into which the triggers
+    of one stream insert, or whose received_at they change. filled: the same, of all streams.
     """
-    calls: dict[str, set[str]] = {}  # of functions, by the names of triggers and views
-    inserted: set[str] = set()  # tables into which the triggers of one stream insert, or whose received_at they change
-    filled: set[str] = set()  # the same, of all streams
 
-    def note(action: int, first: str | None, second: str | None, _: Any, source: str | None) -> int:
+    def __init__(self) -> None:
+        self.calls: dict[str, set[str]] = {}
+        self.inserted: set[str] = set()
+        self.filled: set[str] = set()
+
+    def note(self, action: int, first: str | None, second: str | None, _: Any, source: str | None) -> int:
         if source:  # a trigger, a view, or WITH
-            called = calls.setdefault(service.fold(source), set())
+            called = self.calls.setdefault(service.fold(source), set())
             if action == sqlite3.SQLITE_FUNCTION:
                 called.add(str(second))
             is_time = action == sqlite3.SQLITE_UPDATE and service.fold(str(second)) == "received_at"
             if action == sqlite3.SQLITE_INSERT or is_time:
-                inserted.add(service.fold(str(first)))
+                self.inserted.add(service.fold(str(first)))
         return sqlite3.SQLITE_OK
 
+
+def require_deterministic(schema: Schema) -> None:
+    """Raise SetupError if the nodes could compute a rule of schema.sql differently.
+
+    SQLite's authorizer tells which triggers and views a message reaches, and which functions these call.
+    """
+    reached = Reached()
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        db.set_authorizer(note)
+        db.set_authorizer(reached.note)
         for sql in schema.statements:
             refuse_filling(sql)
             db.execute(sql)
         for made in schema.objects.values():
             if made.kind == "table":
                 refuse_in_table(db, made)
-        filled |= inserted
+        reached.filled |= reached.inserted
         for stream in (stream for stream in schema.streams.values() if stream.takes):
-            inserted.clear()
+            reached.inserted.clear()
             db.execute(*stream.explain)
-            if service.fold(stream.name) in inserted:
+            if service.fold(stream.name) in reached.inserted:
                 reason = "no trigger may insert into the table of its message, or change its received_at"
                 raise SetupError(f"table {stream.name}: on a cluster, {reason}")
-            filled |= inserted
+            reached.filled |= reached.inserted
     for made in schema.objects.values():
-        if made.kind in ("trigger", "view") and service.fold(made.name) in calls:
-            text = without_strings(made.sql)
-            if made.table in filled:  # there, received_at can be what a message says
-                text = text.replace("new . received_at", "received_at")
-            # The authorizer tells of a function in WITH under the name that it has there.
-            functions = {*calls[service.fold(made.name)], *re.findall(CALL, text)}
-            refuse_nondeterministic(str(made), text, sorted(functions))
+        if made.kind in ("trigger", "view") and service.fold(made.name) in reached.calls:
+            refuse_in_code(made, reached)
+
+
+def refuse_in_code(made: SchemaObject, reached: Reached) -> None:
+    """Raise SetupError for a trigger or view that could give each node something else."""
+    text = without_strings(made.sql)
+    if made.table in reached.filled:  # there, received_at can be what a message says
+        text = text.replace("new . received_at", "received_at")
+    # The authorizer tells of a function in WITH under the name that it has there.
+    functions = {*reached.calls[service.fold(made.name)], *re.findall(CALL, text)}
+    refuse_nondeterministic(str(made), text, sorted(functions))
 
 
 def refuse_filling(sql: str) -> None:

@@ -67,6 +67,7 @@ class Node:
 
     def __init__(self, number, folder, without=()):
         self.name, self.address, self.folder = f"inlet-{number}", ADDRESSES[number - 1], folder / f"node-{number}"
+        self.within = ["ip", "netns", "exec", self.name]
         raft = ",".join(f"{address}:4002" for address in ADDRESSES)
         where = ["-http-addr", f"{self.address}:4001", "-raft-addr", f"{self.address}:4002"]
         together = {"-bootstrap-expect": "3", "-join": raft}
@@ -77,7 +78,7 @@ class Node:
 
     def start(self):
         with open(f"{self.folder}.log", "a") as log:
-            command = ["ip", "netns", "exec", self.name, *self.command]
+            command = [*self.within, *self.command]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def start_by_node_sh(self, **environ):
@@ -500,12 +501,11 @@ class Reader(Node):
     """A node that does not vote, on the bridge."""
 
     def __init__(self, folder):
-        self.name, self.address, self.folder = "inlet-4", "10.77.0.254", folder / "node-4"
+        self.name, self.address, self.folder, self.within = "inlet-4", "10.77.0.254", folder / "node-4", []
         where = ["-http-addr", f"{self.address}:4001", "-raft-addr", f"{self.address}:4002"]
         join = ["-raft-non-voter", "-join", ",".join(f"{address}:4002" for address in ADDRESSES)]
         self.command = [RQLITED, "-fk", "-node-id", self.name, *where, *join, str(self.folder)]
-        with open(f"{self.folder}.log", "a") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        self.start()
 
 
 def test_a_node_that_does_not_vote_answers_reads_as_long_as_it_hears_from_the_leader(cluster):
