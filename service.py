@@ -39,7 +39,7 @@ EXTRAS
  This file, schema.sql, falcon and waitress are the whole service. Each file in extras/ adds something, and may be
  deleted: a faster server (loop, connection, http1), senders that sign or send forms, lenient batches and other answers
  (outcomes), reads that wait for the next message (waiting), CSV and ?since (reading), /metrics, /openapi.json, the
- commands migrate and forward, a cluster (rqlite, nodes, same), the page.
+ commands migrate and forward, a cluster (rqlite, nodes, same), the page (which needs reading).
 
 TO CHANGE                                     SEE
  a route, or what it answers                  the app, resources
@@ -48,7 +48,7 @@ TO CHANGE                                     SEE
  what a client reads when a rule refuses it   REFUSALS in the store
  how messages reach the disk                  the store, the engine
  who may come in, a header of every answer    clients
- which headers a page of another origin reads exposed in the app
+ CORS: which headers a page may read         exposed, in the app
  what the log says                            statistics
  what a POST may contain                      reading requests
  what GET takes and shows                     query_from, ViewResource, Store.page; page_sql, also in extras/rqlite.py
@@ -801,7 +801,7 @@ def require_route(made: SchemaObject, columns: Iterable[str], stream: Stream) ->
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", made.name) or fold(made.name) in RESERVED_NAMES:
         hint = "use up to 64 letters, digits, _ and -, a letter first, and no name of the service's"
         raise SetupError(f"{made.kind} {made.name!r} cannot be a route: {hint}")
-    for name in stream.parameters:
+    for name in [*stream.parameters, "since"] if stream.has_ids else stream.parameters:
         if name in columns:
             raise SetupError(f"{made}: GET has a parameter {name}; name the column otherwise")
 
@@ -871,7 +871,7 @@ REFUSALS = {
     "SQLITE_CONSTRAINT_CHECK": (422, "The message breaks a rule of this stream (CHECK)"),
     "SQLITE_CONSTRAINT_FOREIGNKEY": (422, "The message refers to something that does not exist (FOREIGN KEY)"),
     "SQLITE_CONSTRAINT_TRIGGER": (422, "{said}"),
-    "SQLITE_CONSTRAINT_DATATYPE": (422, "{text}"),  # of STRICT tables: cannot store TEXT value in REAL column …
+    "SQLITE_CONSTRAINT_DATATYPE": (422, "{text}"),  # of STRICT tables that triggers fill: cannot store TEXT value in …
 }
 for name in ("UNIQUE", "PRIMARYKEY", "ROWID"):
     REFUSALS[f"SQLITE_CONSTRAINT_{name}"] = (409, "Another message has the same {subject}")
@@ -962,10 +962,10 @@ class Undone(Exception):
 class Store:
     """The messages. Many threads append, and one COMMIT takes what has come together.
 
-    A thread that finds no other one writing writes everything that is queued, and commits once. The others wait for
-    their own result. Then one that still waits is told to write. With 64 threads, a plain lock gave 1.8 messages a
-    COMMIT, and this gives 63 (bench/threads.py). A server that has no thread for each entry puts it into the queue, and
-    calls write() and look_after().
+    If no thread writes, one that appends becomes the writer: it writes the whole queue in one COMMIT, while the others
+    wait for their results. Then it tells one of those that still wait to be the next. With 64 threads, a plain lock
+    gave 1.8 messages a COMMIT, and this gives 63 (bench/threads.py). A server without a thread for each entry puts it
+    into the queue, and calls write() and look_after().
 
     Batches come to the disk in their order, but single messages wait for one large batch at most.
     """
@@ -998,7 +998,7 @@ class Store:
                 found = differences(db, self.schema)
                 self._schema_version = database.opened, schema_version(db)
         except (sqlite3.Error, OSError) as error:
-            if getattr(error, "sqlite_errorname", "") not in FULL:
+            if getattr(error, "sqlite_errorname", "") not in FULL or not database.is_near:
                 raise SetupError(f"{database} cannot be opened: {error}") from None
             log.error("the disk is full: no message can be written, only read")
             is_new = False
@@ -1147,7 +1147,7 @@ class Store:
         self._schema_version, self._schema_look_at = version, time.monotonic() + 1
 
     def _take_group(self) -> None:
-        """Take single messages, and batches of up to ROWS_OF_BATCHES rows together. The first one may be larger."""
+        """Take all single messages, and batches of up to ROWS_OF_BATCHES rows in sum. The first one may be larger."""
         rows, later = 0, []
         with contextlib.suppress(IndexError):
             while True:
@@ -1156,7 +1156,7 @@ class Store:
                     later.append(entry)
                 elif not entry.result:
                     self._group.append(entry)
-                rows += len(entry.lines)
+                rows += len(entry.lines)  # also of one that is put off: no later batch overtakes it
         self.queue.extendleft(reversed(later))
 
     def _write_others_again(self, undone: Undone) -> None:
@@ -1285,9 +1285,10 @@ class Store:
         sql, began = self.database.page_sql(stream, " AND ".join(conditions), with_fields), time.monotonic()
         try:
             with self.database.reader(READ_TIMEOUT_S, abandoned) as db:
-                # A text may not be UTF-8 (a lone surrogate). A feed stays bytes until envelope(), for half the cost.
-                is_feed = stream.takes and not with_fields
-                db.text_factory = bytes if is_feed else partial(str, encoding="utf-8", errors="replace")
+                # A text may not be UTF-8 (a lone surrogate). Rows of a stream without fields stay bytes until
+                # envelope(), for half the cost.
+                as_bytes = stream.takes and not with_fields
+                db.text_factory = bytes if as_bytes else partial(str, encoding="utf-8", errors="replace")
                 yield from db.execute(sql, values)
         except sqlite3.Error as error:
             if not (problem := self.read_problem(error, stream, filters, began)):
@@ -2058,7 +2059,7 @@ class Clients:
         self._known_at = -math.inf  # when they were read without an error
         self._failure: Exception | None = None  # of the last time
         # On a cluster, a thread reads them, for it can take seconds; and an election shuts nobody out.
-        self._is_repeated, self._grace_s = False, 0.0 if self._database.is_near else BUSY_TIMEOUT_S
+        self._has_reader, self._grace_s = False, 0.0 if self._database.is_near else BUSY_TIMEOUT_S
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.body = None
@@ -2106,7 +2107,7 @@ class Clients:
 
         Raises Problem 401, 400 if it has two tokens, or 503 if the clients cannot be read.
         """
-        if not self._is_repeated and time.monotonic() >= self._read_at + CLIENTS_REFRESH_S:
+        if not self._has_reader and time.monotonic() >= self._read_at + CLIENTS_REFRESH_S:
             self.read()
         if self._failure and time.monotonic() >= self._known_at + self._grace_s:
             raise self._cannot_be_read(self._failure)
@@ -2161,7 +2162,8 @@ class Clients:
     def read(self) -> Exception | None:
         """Read the clients table again if it has changed. Returns the error, if any.
 
-        Then nobody gets in. On a cluster, the tokens of before hold for 10 s, so that an election refuses nobody.
+        While it cannot be read, every request gets 503. On a cluster, known tokens hold for 10 s, so that an election
+        refuses nobody.
         """
         failure: Exception | None = None
         try:
@@ -2178,10 +2180,10 @@ class Clients:
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:  # the last two: a node answers nonsense
             log.error("the clients cannot be read: %s", error)
             failure = error.with_traceback(None)
-        if not self._database.is_near and not self._is_repeated:
+        if not self._database.is_near and not self._has_reader:
             engine: Any = self._database
-            self._is_repeated = True
-            engine.repeat(self.read, CLIENTS_REFRESH_S)
+            self._has_reader = True
+            engine.read_in_background(self.read, CLIENTS_REFRESH_S)
         self._read_at = time.monotonic()
         if not failure:
             self._known_at = self._read_at
@@ -2523,7 +2525,7 @@ class Query(NamedTuple):
 
 
 def query_from(params: Mapping[str, str | list[str]], stream: Stream, only: Sequence[str] = ()) -> Query:
-    """Return the parameters of a query; Problem 400 if one is unknown, doubled or out of range. only: what is known."""
+    """Return the parameters of a query; Problem 400 if one is unknown, doubled or out of range. only: no others."""
     known = only or [*stream.parameters, *stream.fields]
     numbers, since, filters = {}, "", {}
     for name, value in params.items():
@@ -2654,9 +2656,8 @@ class ViewResource:
         texts, has_more, after = self._page(query, kind, is_abandoned, seen)
         if texts and seen:  # older rows may have been changed, and fit now: read the whole page
             texts, has_more, after = self._page(query, kind, is_abandoned)
-        if wait and not texts:
+        if wait and not texts and wait.hold(req.env):
             req.context.is_put_off = True
-            wait.hold(req.env)
             return
         member, tail = b"messages" if stream.has_ids else b"rows", b', "more": true' if has_more else b""
         if next_page := self._next_page(req, query, after, not texts):
@@ -2697,8 +2698,8 @@ class ViewResource:
         if since and after is not None:
             after = self._reading.id_before(self._store, stream, since, after, is_abandoned)
         with self._store.page_turn if stream.takes and not filters else contextlib.nullcontext():
-            # One row more than are shown says that there are more.
             begin = seen if seen and after is not None and seen > after else after
+            # One row more than are shown says that there are more.
             for row in self._store.page(stream, begin, limit + 1, filters, is_abandoned, with_fields=with_fields):
                 row_id = None if stream.id_place is None else row[stream.id_place]
                 if len(texts) == limit or size >= PAGE_BYTES:
@@ -2766,9 +2767,9 @@ class StreamResource(ViewResource):
             resp.status, headers, resp.data = answer_to(entry, self._store.append(entry), url)
             resp.set_headers(headers)
             return
-        poll = partial(self._late_answer, entry, url, req.env.get("REMOTE_ADDR"), req.env.get("HTTP_X_FORWARDED_FOR"))
+        late = partial(self._late_answer, entry, url, req.env.get("REMOTE_ADDR"), req.env.get("HTTP_X_FORWARDED_FOR"))
         bodies = entry.bodies + [body for body, _ in entry.later]
-        changed = answer_later(poll, sum(map(sys.getsizeof, bodies)))
+        changed = answer_later(late, sum(map(sys.getsizeof, bodies)))
         if not changed:
             raise Problem(503, "Too many large messages wait for their COMMIT.")
         req.context.is_put_off = True

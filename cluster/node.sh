@@ -6,10 +6,10 @@
 # - with NEW_NODE=yes, at the first start of all nodes,
 # - with JOIN=b:4002, for one more node, and for one that was removed from the cluster before (README.md, "Replace a node").
 #   It asks that node to be let in, whatever -bootstrap-expect and -join say. With those, a node that hears from a leader
-#   believes to be a member, and a leader may send to a node for some time after its removal.
+#   takes itself for a member, and never asks; and a leader may send to a node for some time after its removal.
 #
 # A node whose SQLite finds no room for a row goes on without it, and differs from the others from then on. So this kills
-# the node while ROOM_MIB (512) are still free. It starts the node when twice as much is free, also the first time; then
+# the node when less than ROOM_MIB (512) are free. It starts the node when twice as much is free, also the first time; then
 # the node takes from the others what it has missed. It adds -fk: without that, a node checks no foreign keys. And it ends
 # the daily PRAGMA optimize: it would give each node other statistics, and so other query plans.
 set -euo pipefail
@@ -25,6 +25,8 @@ if ! test -e "$folder/raft.db" && test "${NEW_NODE:-}" != yes && test -z "${JOIN
     exit 1
 fi
 
+join=${JOIN:+-bootstrap-expect 0 -join $JOIN} # at its first start here, also if it could not join before
+
 free_mib() { df --output=avail --block-size=1M "$folder" | tail -n 1; }
 
 while true; do
@@ -32,10 +34,10 @@ while true; do
         echo "node.sh: less than $((2 * room_mib)) MiB are free for $folder: the node is not started" >&2
         sleep 5 & wait $! || true # so that a signal is handled at once
     done
-    join=()
-    if test "${JOIN:-}" && ! test -e "$folder/raft.db"; then join=(-bootstrap-expect 0 -join "$JOIN"); fi
-    "${RQLITED:-rqlited}" -fk -auto-optimize-int 0h "$@" "${join[@]}" "$folder" &
+    # shellcheck disable=SC2086 # several words, or none
+    "${RQLITED:-rqlited}" -fk -auto-optimize-int 0h "$@" $join "$folder" &
     node=$!
+    join=
     killed=
     while kill -0 "$node" 2>/dev/null; do
         if (($(free_mib) < room_mib)); then

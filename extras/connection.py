@@ -3,7 +3,7 @@
 The environment of a request (PEP 3333) has more keys:
 
     inlet.arrived_at     when it had come whole, a time.monotonic()
-    inlet.is_abandoned   a function: has the client closed its side?
+    inlet.is_abandoned   a function: has the client closed its side? (Where this is not Linux, unread input hides it.)
     inlet.refusal        if it is there: the status and the sentence that the app has to answer with
     inlet.answer_later   a function(poll, size) that puts the answer off; size: the bytes that the app keeps meanwhile.
                          It returns None if there is no room for them. Or else it returns a function to be called, in
@@ -13,7 +13,6 @@ The environment of a request (PEP 3333) has more keys:
                          putting something under inlet.hold; when the app has returned, its method held(run_again) is
                          called. What the app has returned is not sent. Any thread calls run_again(), once. Then the app
                          finds under inlet.held what has held the request.
-    inlet.has_closed     a function: has the client closed its side, whatever it has sent before that?
 """
 
 import logging
@@ -58,7 +57,7 @@ class Connection(http1.Connection):
         self.active_at = self._arrived_at = time.monotonic()
         self._poll: Callable[[], Answer | None] | None = None  # for the answer, if it was put off
         self._returned: Answer | None = None  # what the app has returned
-        self._is_taken = threading.Event()  # has the loop taken that, if it is large?
+        self._is_taken: threading.Event | None = None  # has the loop taken that, if it is large?
         self._held_by: Any = None  # as inlet.hold has it
         self._account: Hashable = None  # as Server.admit has it
         self._counted = 0  # bytes in Server.held
@@ -176,13 +175,12 @@ class Connection(http1.Connection):
                 log.exception("the app failed")
                 request.keeps_alive, self._poll = False, None
         is_large = len(returned[2]) > SMALL_BYTES and not (in_loop or self._poll)
-        if is_large:
-            self._is_taken.clear()
+        self._is_taken = is_taken = threading.Event() if is_large else None
         self._returned = returned
         if not (self._poll and in_loop):  # in the loop, nothing else has run meanwhile
             self._server.changed(self)
-        if is_large:  # or this thread would go on to read pages faster than the loop takes them
-            self._is_taken.wait()
+        if is_taken:  # or this thread would go on to read pages faster than the loop takes them
+            is_taken.wait()
 
     def _kept(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return those headers of the app that are sent. HEAD says what GET would say."""
@@ -202,14 +200,13 @@ class Connection(http1.Connection):
         if not answer:
             return
         self._poll = self._returned = None
-        is_large = len(answer[2]) > SMALL_BYTES
-        if is_large:
+        if self._is_taken:
             self._is_taken.set()
         if self._counted:
             self._count(0)
         if self._is_open:
             self._account = None
-            if is_large:
+            if len(answer[2]) > SMALL_BYTES:
                 self._server.make_room()
             self.answer(*answer, closes=self._server.is_stopping)
             self._send()

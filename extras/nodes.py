@@ -47,7 +47,7 @@ class NotLeader(NotTaken):
 
 
 class Node:
-    """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or more than that."""
+    """One rqlited, and its idle connections. Raises ValueError if the URL has no host, or a path, query or fragment."""
 
     def __init__(self, url: SplitResult):
         host = url.hostname or ""
@@ -128,7 +128,7 @@ class DeadlineSocket(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         left_s = self._until - time.monotonic()
         if left_s <= 0:
-            raise TimeoutError("the answer has no end")
+            raise TimeoutError("the answer did not end in time")
         self._sock.settimeout(left_s)
         return self._file.readinto(buffer)
 
@@ -150,7 +150,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 class Nodes:
-    """The nodes of a cluster. Raises ValueError for a URL that is none of a node.
+    """The nodes of a cluster. Raises ValueError for a URL that cannot be that of a node.
 
     Requests go to the leader, but for queries with level=none: they go to one node until it fails.
     """
@@ -206,9 +206,9 @@ class Nodes:
             time.sleep(PAUSE_S)
 
     def _ask_leader(self, node: Node, path: str, body: bytes, timeout_s: float) -> list[dict[str, Any]]:
-        """Return the answers of a node. It refuses what is for the leader, if it is not, unless it may hand it on.
+        """Return the answers of a node. A follower refuses what is for the leader, unless it may hand it on for now.
 
-        It would lose all answers if an error in one of them is not UTF-8 (it quotes a lone surrogate).
+        It may not always: it then loses all answers if an error in one is not UTF-8 (it quotes a lone surrogate).
         """
         if "level=none" in path or "redirect" in path or time.monotonic() <= self._handed_on_until:
             return self.ask(node, path, body, timeout_s)
@@ -228,7 +228,7 @@ class Nodes:
             while part := answer.read1(65_536):
                 data += part
                 if len(data) > LARGEST_ANSWER:
-                    raise TimeoutError(f"{node.name}: the answer has no end")
+                    raise sqlite3.OperationalError(f"{node.name}: the answer has more than {LARGEST_ANSWER} bytes")
             answer.close()  # read1() does not see the end
         text = data.decode(errors="replace").strip()
         found = object_in(text) if answer.status == 200 else {}
@@ -240,7 +240,7 @@ class Nodes:
         if NOT_TAKEN.fullmatch(error):
             raise NotTaken(told)
         if answer.status == 401:
-            raise NotTaken(f"{node.name}: the user or the password is not right, or lacks a permission")
+            raise NotTaken(f"{node.name}: the user or the password is wrong, or the user lacks a permission")
         if answer.status == 301:  # it was asked to redirect
             raise NotLeader(f"{node.name} is not the leader")
         if answer.status in (307, 308, 400, 403, 404, 405):

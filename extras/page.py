@@ -8,13 +8,13 @@ from pathlib import Path
 
 import falcon
 
-from service import JSON, Problem, preferred
+from service import JSON, Problem, extra, preferred
 
 
 def middleware() -> list["Page"]:
-    """Return what serves the page; without page.html, / is JSON for everybody."""
+    """Return what serves the page; without page.html, or reading.py, / is JSON for everybody."""
     try:
-        return [Page(Path(__file__).with_name("page.html").read_bytes())]
+        return [Page(Path(__file__).with_name("page.html").read_bytes())] if extra("reading") else []
     except OSError:
         return []
 

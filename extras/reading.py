@@ -24,11 +24,11 @@ def time_in(text: str) -> str:
 
 
 def id_before(store: Store, stream: Stream, since: str, after: int, abandoned: Callable[[], bool]) -> int:
-    """Return the largest id whose message came before a time, or `after` if that is larger.
+    """Return the id behind which a page begins: that of the last message before a time, or `after` if that is larger.
 
-    It is found by bisection in the stream (for a view: in the stream that it reads), because times grow with ids.
-    So it needs no index. On a cluster they do so within DISORDER, so from there on rows are looked at one by one.
-    Raises Problem 503 like page().
+    It is found by bisection, because times grow with ids, so it needs no index. On a cluster they do so within
+    DISORDER: from there on, the first message of that time or later is looked for. For a view, all this is done in the
+    stream that it reads; if it reads several, in the view itself. Raises Problem 503 like page().
     """
     moment = datetime.fromisoformat(since)
     disorder = timedelta(0) if store.database.is_near else min(DISORDER, moment - datetime.min.replace(tzinfo=UTC))

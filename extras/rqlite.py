@@ -38,7 +38,8 @@ BLOB = re.compile(r"\s*x'[0-9a-f]*'\s*", re.IGNORECASE)  # a text that rqlite ta
 ROW_AS_JSON = "row as JSON"  # the name of a column that has a whole row, as JSON in hexadecimal
 MADE_BY_ANOTHER = ("table clients already exists", "table clients_version already exists")
 
-# A node that becomes a cluster of one by peers.json replays its log without foreign keys: store/state.go, RecoverNode
+# A node that becomes a cluster of one by peers.json replays its log without foreign keys (store/state.go, RecoverNode).
+# So each request with messages turns them on. (In the transaction of _insert_lines it could not; the one before did.)
 CHECK_FOREIGN_KEYS = ["PRAGMA foreign_keys = ON"]
 
 # The names of SQLite's errors, by what it says: rqlite gives no names.
@@ -165,7 +166,7 @@ class Cluster(nodes.Nodes):
             self._comparison.stop()
         super().close()
 
-    def repeat(self, read: Callable[[], object], interval_s: float) -> None:
+    def read_in_background(self, read: Callable[[], object], interval_s: float) -> None:
         """Call read() again and again in a thread, until close(): no request waits for it."""
 
         def run() -> None:
@@ -269,7 +270,7 @@ class Cluster(nodes.Nodes):
             results |= dict.fromkeys(late, error)
             return [in_time for group in groups if (in_time := [entry for entry in group if entry not in late])]
         except sqlite3.Error as error:
-            self.unknown += len(entries)
+            self.unknown += sum(len(entry.bodies) for entry in entries)
             results |= dict.fromkeys(entries, error)
             return []
         again: list[list[Entry]] = []
@@ -292,6 +293,7 @@ class Cluster(nodes.Nodes):
         try:
             answers = self.send("/db/execute?noparse&transaction", statements, entry.deadline)
         except sqlite3.Error as error:
+            self.unknown += 0 if isinstance(error, nodes.NotTaken) else len(entry.bodies)
             return error
         entry.ordinal = len(answers)  # they end at the one that was refused
         last = answers[-1] | {"rows_affected": len(answers)}  # as if one statement had inserted all
@@ -302,7 +304,7 @@ class Cluster(nodes.Nodes):
     ) -> None:
         """Carry out all statements, or none. Raises sqlite3.Error: one is refused, or the outcome is not known.
 
-        timeout_s: how long a node may take. leader_only: no node hands it on, because that ends after 30 s.
+        timeout_s: how long a node may take. leader_only: no follower hands it on, for rqlite gives that 30 s only.
         """
         if writes:
             path = "/db/execute?noparse&transaction" + ("&redirect" if leader_only else "")
@@ -350,7 +352,7 @@ class Cluster(nodes.Nodes):
         if stream.has_ids:
             columns = ["body", "headers"] if stream.has_headers else ["body"]
         size = " + ".join(f"ifnull(octet_length(t.{service.quoted(column)}), 0)" for column in columns)
-        # Of the rows before the last one: a report says whether there is one more.
+        # Without the row directly before: so there is one row more than fits, which says that there is more.
         bytes_before = f"sum({size}) OVER ({order} ROWS BETWEEN UNBOUNDED PRECEDING AND 2 PRECEDING)"
         page = f'SELECT t.*, {bytes_before} AS "bytes before" FROM "{stream.name}" AS t WHERE {conditions}{order}'
         selected = ", ".join(stream.selected())

@@ -259,26 +259,32 @@ def test_the_client_that_waits_most_makes_room_for_others(open_store, monkeypatc
     monkeypatch.setattr(module, "MOST_HELD", 4)
     waits, messages, released = module.Waits(store), store.schema.streams["messages"], []
 
-    def waiting(client, held=None):
-        """The environ of a GET that is held, or None."""
+    def waiting(client, held=None, is_empty=True):
+        """The environ of a GET that is held, because its page is empty, or None."""
         environ = {"inlet.arrived_at": time.monotonic(), "inlet.may_hold": lambda: True, "inlet.held": held}
         environ |= {"inlet.is_abandoned": lambda: False}
         if not (wait := waits.begin(environ, client, messages, 0, 30)):
             return None
-        wait.hold(environ)
+        if not is_empty or not wait.hold(environ):
+            return None
         environ["inlet.hold"].held(lambda: released.append(wait))
         return environ
 
     first = [waiting("greedy") for _ in range(4)]
     assert all(first)
     assert waiting("greedy") is None  # it makes no room for itself
+    assert waiting("modest", is_empty=False) is None
+    assert all(environ["inlet.hold"].deadline for environ in first)  # who does not wait takes no room
     assert waiting("modest")
     assert waiting("another")
     assert waiting("another") is None  # it would have as many as the one that has most
     eventually(lambda: len(released) == 2)
     assert all(environ["inlet.hold"] in released for environ in first[:2])
-    assert waiting("greedy", held=released[0]) is None  # it gets its page, and does not wait again
     assert waits.count == 4
+    monkeypatch.setattr(module, "MOST_HELD", 100)
+    assert (
+        waiting("greedy", held=released[0]) is None
+    )  # it gets its page, and does not wait again, though there is room
 
 
 def get_of(path):

@@ -3,8 +3,8 @@
 As long as a GET is held, one thread looks at the last ids of all tables, every PAUSE_S. So it sees each new row,
 whoever wrote it: a trigger, another process, SQL. It lets those GETs run again that read a table which has got another
 last id since they began. In between, a GET costs neither a thread nor SQL. This is for a server that can hold a request
-(connection.py); elsewhere an empty page is answered at once. Of MOST_HELD GETs, the oldest of the client that has most
-of them makes room for one of a client that has fewer; otherwise one more is answered at once, too.
+(connection.py); elsewhere an empty page is answered at once. If MOST_HELD GETs are held, the client that has most of
+them loses the one that would end first, for one of a client that has fewer. Otherwise one more is answered at once.
 """
 
 import contextlib
@@ -20,12 +20,13 @@ from typing import Any
 from service import Store, Stream, fold, nothing, run_safely
 
 MOST_HELD = 1000  # GETs, by this process
-PAUSE_S = 0.015  # between two looks; ten times as long as a look, if that is more, but at most
+PAUSE_S = 0.015  # the shortest between two looks: it is ten times as long as a look, within these bounds
 LONGEST_PAUSE_S = 0.2
 SCAN_S = 0.250  # between two looks at all that is held: whose time is over?
-AGAIN_S = 0.050  # a GET that was woken for nothing, because of its filter, is not woken sooner
-TIMES_AS_LONG = 10  # or than after so many times what it took,
-SHARE_S = 0.002  # or than after this for each GET that is held, so that all of them cost a part of a core
+# A GET that was woken for nothing, because of its filter, is not woken again before the longest of these is over:
+AGAIN_S = 0.050
+TIMES_AS_LONG = 10  # times what it took
+SHARE_S = 0.002  # for each GET that is held: all of them cost a part of a core only
 GONE_S = 1.0  # between two looks for clients that have gone
 
 LastIds = Mapping[str, int]  # by the folded names of tables
@@ -33,9 +34,10 @@ LastIds = Mapping[str, int]  # by the folded names of tables
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """A GET that can be held. last_ids: what was there before it read. seen: what had an id up to this did not fit.
+    """A GET that can be held. last_ids: what was there before it read. All times are as time.monotonic() has them.
 
-    after: only a larger id is news, where it reads one table. All times are as time.monotonic() has them.
+    seen: rows up to this id were looked at before, and did not fit. after: its parameter; where it reads one table,
+    only a larger id is news.
     """
 
     waits: "Waits"
@@ -51,12 +53,15 @@ class Wait:
     not_before: float = 0.0
     run_again: Callable[[], None] = nothing
 
-    def hold(self, environ: dict[str, Any]) -> None:
-        """Hold the request, as soon as the app has returned."""
+    def hold(self, environ: dict[str, Any]) -> bool:
+        """Hold the request, as soon as the app has returned; False if there is no room for it."""
+        if not self.waits.has_room(self.client):
+            return False
         now = time.monotonic()
         if self.is_again:
             self.not_before = now + max(AGAIN_S, TIMES_AS_LONG * (now - self.began), SHARE_S * self.waits.count)
         environ["inlet.hold"] = self
+        return True
 
     def held(self, run_again: Callable[[], None]) -> None:
         self.run_again = run_again
@@ -90,7 +95,7 @@ class Waits:
         if not may_hold or not may_hold() or now >= deadline:
             return None
         is_abandoned, before = environ["inlet.is_abandoned"], environ["inlet.held"]
-        if is_abandoned() or (before and before.deadline < now) or not self._has_room(client):
+        if is_abandoned() or (before and before.deadline < now):  # it has made room
             return None
         if now > self._looked_at + 2 * self._pause_s:  # nobody looks, or is late
             self._look()
@@ -101,18 +106,20 @@ class Waits:
             seen = last_id if last_id <= last_ids.get(table, 0) else 0  # else a backup was restored
         return Wait(self, client, stream.sources, after, last_ids, seen, now, deadline, is_abandoned, bool(before))
 
-    def _has_room(self, client: str) -> bool:
+    def has_room(self, client: str) -> bool:
         """May a client wait? If too many do, one of another client that has more is let go."""
         if self.count < MOST_HELD:
             return True
         with self._lock:
             held = [wait for waits in self._held.values() for wait in waits if wait.deadline]
+            if len(held) < MOST_HELD:  # those that were let go are on their way
+                return True
             of_client = Counter(wait.client for wait in held)
             most = max(of_client, key=of_client.__getitem__, default=client)
             if of_client[most] <= of_client[client] + 1:
                 return False
-            oldest = min((wait for wait in held if wait.client == most), key=lambda wait: wait.began)
-            oldest.deadline = self._scan_at = 0.0
+            first = min((wait for wait in held if wait.client == most), key=lambda wait: wait.deadline)
+            first.deadline = self._scan_at = 0.0
         return True
 
     def add(self, wait: Wait) -> None:

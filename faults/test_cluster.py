@@ -65,7 +65,7 @@ def network():
 class Node:
     """One rqlited in its namespace."""
 
-    def __init__(self, number, folder, without=()):
+    def __init__(self, number, folder, without=(), join=""):
         self.name, self.address, self.folder = f"inlet-{number}", ADDRESSES[number - 1], folder / f"node-{number}"
         self.within = ["ip", "netns", "exec", self.name]
         raft = ",".join(f"{address}:4002" for address in ADDRESSES)
@@ -74,7 +74,10 @@ class Node:
         self.flags = ["-node-id", self.name, *where]
         self.flags += [word for flag, value in together.items() if flag not in without for word in (flag, value)]
         self.command = [RQLITED, "-fk", *self.flags, str(self.folder)]
-        self.start()
+        if join:
+            self.start_by_node_sh(JOIN=join)
+        else:
+            self.start()
 
     def start(self):
         with open(f"{self.folder}.log", "a") as log:
@@ -92,6 +95,11 @@ class Node:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        wait_until(lambda: not self.is_there(), f"{self.name} does not end")  # a child of node.sh may take a moment
+
+    def is_there(self):
+        with contextlib.suppress(OSError), socket.create_connection((self.address, 4001), 0.5):
+            return True
 
     def signal(self, number):
         self.process.send_signal(number)
@@ -358,7 +366,7 @@ def test_node_sh_kills_a_node_before_its_disk_is_full_and_starts_it_when_there_i
             taken_again(ledger)
     finally:
         node.kill()
-        subprocess.run(["umount", str(node.folder)], check=True)
+        wait_until(lambda: not subprocess.run(["umount", str(node.folder)]).returncode, "its folder is in use")
 
 
 def remove(node, asked):
@@ -376,6 +384,9 @@ def test_a_node_that_has_lost_its_folder_is_replaced_as_readme_says(cluster):
         shutil.rmtree(lost.folder)
         taken_again(ledger)
         assert remove(lost, cluster.leader())
+        lost.start_by_node_sh(JOIN=f"{cluster.leader().address}:4001")  # the wrong port
+        assert lost.process.wait(DEADLINE_S) == 1
+        assert (lost.folder / "raft.db").exists()
         lost.start_by_node_sh(JOIN=f"{cluster.leader().address}:4002")
         wait_until(lost.is_ready, "the new node does not come up")
         taken_again(ledger)
@@ -957,7 +968,7 @@ def test_a_large_file_boots_a_node_and_the_others_join(network, tmp_path):
         wait_until(first.is_leader, "it does not lead", 40)
         subprocess.run(["sh", "-ec", command.replace("//a:", f"//{first.address}:")], cwd=tmp_path, check=True)
         for number in (2, 3):
-            nodes.nodes.append(Node(number, tmp_path))
+            nodes.nodes.append(Node(number, tmp_path, join=f"{first.address}:4002"))
             wait_until(nodes.nodes[-1].is_ready, "it does not join", 40)
         nodes.start_front_ends()
         assert json.loads(retried(nodes.front_ends[0].connect(), "2", "2"))["id"] == 3
@@ -1423,7 +1434,7 @@ def test_a_fault_of_a_node_is_never_the_fault_of_a_message(text, misbehaving, tm
 def clients_of(cluster, tmp_path, monkeypatch):
     """Clients that no thread reads."""
     (tmp_path / "schema.sql").write_text(SCHEMA)
-    monkeypatch.setattr(cluster, "repeat", lambda *_: None)
+    monkeypatch.setattr(cluster, "read_in_background", lambda *_: None)
     return service.Clients(service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), 1000)
 
 
@@ -1593,6 +1604,20 @@ def test_an_error_that_is_not_utf_8_fails_alone_whichever_node_leads(nodes):
         leader.start()
         nodes.wait_until_ready()
         wait_until(lambda: send(server.connect(), "GET", "/healthz")[0] == 200, "it takes nothing")
+
+
+def test_a_start_while_the_disk_of_the_leader_is_full_ends_in_one_line(misbehaving, tmp_path, monkeypatch):
+    _, _, cluster = misbehaving
+    (tmp_path / "schema.sql").write_text(SCHEMA)
+    store, full = service.Store(cluster, service.read_schema(tmp_path / "schema.sql")), "database or disk is full"
+    monkeypatch.setattr(cluster, "_require_foreign_keys", service.nothing)
+
+    def fail(*_):
+        raise rqlite.error_in({"error": full})
+
+    monkeypatch.setattr(store, "_make", fail)
+    with pytest.raises(service.SetupError, match=full):
+        store.open("x" * 20)
 
 
 def test_one_message_that_is_not_found_is_looked_for_in_all_that_is_stored(misbehaving, tmp_path):
