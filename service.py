@@ -48,7 +48,7 @@ TO CHANGE                                     SEE
  what a client reads when a rule refuses it   REFUSALS in the store
  how messages reach the disk                  the store, the engine
  who may come in, a header of every answer    clients
- CORS: which headers a page may read         exposed, in the app
+ CORS: which headers a page may read          exposed, in the app
  what the log says                            statistics
  what a POST may contain                      reading requests
  what GET takes and shows                     query_from, ViewResource, Store.page; page_sql, also in extras/rqlite.py

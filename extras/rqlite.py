@@ -430,8 +430,8 @@ class Cluster(nodes.Nodes):
     def _refusal_in(self, answer: dict[str, Any], stream: Stream) -> sqlite3.Error | None:
         """Return the error in the answer to an INSERT, with the name of its code, or None.
 
-        A text that is not in ERRORS has the name TRIGGER if a trigger raises it, or ERROR if the INSERT compiles and
-        the text is not that of a fault of the node.
+        A text that is not in ERRORS has the name TRIGGER if a trigger raises it. It has the name ERROR if the INSERT
+        compiles, and the text is not that of a fault of the node.
         """
         error = error_in(answer)
         if error and not error.sqlite_errorname:

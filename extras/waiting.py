@@ -3,8 +3,8 @@
 As long as a GET is held, one thread looks at the last ids of all tables, every PAUSE_S. So it sees each new row,
 whoever wrote it: a trigger, another process, SQL. It lets those GETs run again that read a table which has got another
 last id since they began. In between, a GET costs neither a thread nor SQL. This is for a server that can hold a request
-(connection.py); elsewhere an empty page is answered at once. If MOST_HELD GETs are held, the client that has most of
-them loses the one that would end first, for one of a client that has fewer. Otherwise one more is answered at once.
+(connection.py); elsewhere an empty page is answered at once. If MOST_HELD GETs are held and one more comes, the client
+that has most of them loses the one that would end first. One more of that client is answered at once.
 """
 
 import contextlib

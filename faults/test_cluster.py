@@ -389,6 +389,8 @@ def test_a_node_that_has_lost_its_folder_is_replaced_as_readme_says(cluster):
         assert (lost.folder / "raft.db").exists()
         lost.start_by_node_sh(JOIN=f"{cluster.leader().address}:4002")
         wait_until(lost.is_ready, "the new node does not come up")
+        *_, started = re.findall("launch command: (.*)", Path(f"{lost.folder}.log").read_text())
+        assert f" -bootstrap-expect 0 -join {cluster.leader().address}:4002 " in started  # though there was a raft.db
         taken_again(ledger)
         assert [path.stat().st_mode & 0o077 for path in (lost.folder, lost.folder / "db.sqlite")] == [0, 0]
 
