@@ -6,6 +6,7 @@ import time
 import pytest
 
 import service
+from test_service import eventually
 
 http1 = service.extra("http1")
 LIMIT = 100  # bytes of a body
@@ -201,7 +202,9 @@ def cost(data, piece):
 
 @pytest.mark.parametrize("framed", ["length", "chunks", "head"])
 def test_the_cost_of_a_byte_does_not_grow_with_what_has_come(framed):
-    """Ratios, not times: four times the bytes, in the same small pieces, cost about four times as much."""
+    """Ratios, not times, and a busy machine gets another try: eight times the bytes, in the same small pieces, cost
+    about eight times as much.
+    """
 
     def made(size):
         if framed == "length":
@@ -210,8 +213,7 @@ def test_the_cost_of_a_byte_does_not_grow_with_what_has_come(framed):
             return CHUNKED + (b"20\r\n" + b"a" * 32 + b"\r\n") * (size // 38) + b"0\r\n\r\n"
         return b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * (size // 64)
 
-    few, many = cost(made(250_000), 100), cost(made(1_000_000), 100)
-    assert many < 2 * few
+    eventually(lambda: cost(made(1_000_000), 100) < 3 * cost(made(125_000), 100))
 
 
 def test_a_byte_in_chunks_has_a_bounded_cost():
@@ -219,8 +221,7 @@ def test_a_byte_in_chunks_has_a_bounded_cost():
     chunks that are mostly tiny were refused.
     """
     size = 1_000_000
-    by_length = cost(POST + b"Content-Length: %d\r\n\r\n" % size + b"a" * size, 65_536)
+    by_length = POST + b"Content-Length: %d\r\n\r\n" % size + b"a" * size
     chunks = CHUNKED + (b"10\r\n" + b"a" * 16 + b"\r\n") * (size // 16) + b"0\r\n\r\n"
     assert read(chunks, limit=10**7) == [("POST", "/m", b"a" * size)]
-    print(f"{by_length:.1f} ns a byte with a length, {cost(chunks, 65_536):.1f} in chunks of 16 bytes")
-    assert cost(chunks, 65_536) < 600 * by_length
+    eventually(lambda: cost(chunks, 65_536) < 600 * cost(by_length, 65_536))
