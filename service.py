@@ -861,6 +861,7 @@ def is_stream(db: sqlite3.Connection, table: str) -> bool:
 MAX_ID = 2**63 - 1
 BUSY_TIMEOUT_S = 10.0  # from the arrival of a message to its 503
 READ_TIMEOUT_S = 10.0  # for the SQL of one page
+SCHEMA_LOOK_S = 1.0  # between two looks whether the database still has this schema
 LAST_ID_S = 0.2  # for the last ids of views, which can take a look at all rows
 ROWS_OF_BATCHES = 1000  # in one COMMIT, unless one batch has more: single messages wait for all of them
 
@@ -1119,7 +1120,7 @@ class Store:
                 self._give(entry, result)
 
     def _require_schema(self, db: sqlite3.Connection) -> None:
-        """Once a second, raise DatabaseError if the database has other rules than this process or schema.sql.
+        """Now and then, raise DatabaseError if the database has other rules than this process or schema.sql.
 
         It may have those of this process, or, after a migrate, those that schema.sql has by now. But each stream must
         still have, or lack, `headers`, and it must keep its CHECK of JSON.
@@ -1144,7 +1145,7 @@ class Store:
             log.warning(
                 "the database was migrated: start the service again, for the routes and sentences of schema.sql"
             )
-        self._schema_version, self._schema_look_at = version, time.monotonic() + 1
+        self._schema_version, self._schema_look_at = version, time.monotonic() + SCHEMA_LOOK_S
 
     def _take_group(self) -> None:
         """Take all single messages, and batches of up to ROWS_OF_BATCHES rows in sum. The first one may be larger."""

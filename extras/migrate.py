@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from service import (
     MESSAGE_COLUMNS,
+    SCHEMA_LOOK_S,
     Column,
     Database,
     Objects,
@@ -49,9 +50,9 @@ def run(database: Database, schema: Schema) -> int:
             return 1  # and the connection, when it is closed, rolls back
         new = [made for key, made in schema.objects.items() if key not in old or old[key].words != made.words]
         if any(made.name in schema.streams and made.kind == "table" for made in new):
-            # A process that serves may insert what this stream does not take, or leave the check of JSON to it. It
-            # looks at the schema once a second: while the lock is held so long, it looks before its next message.
-            time.sleep(1)
+            # A process that serves may insert what this stream does not take, or leave the check of JSON to it. While
+            # the lock is held for so long, it looks at the schema before its next message.
+            time.sleep(SCHEMA_LOOK_S)
         db.execute("COMMIT")
         analyze(db)
         checkpoint(db)
