@@ -1656,9 +1656,9 @@ class Database:
     def _put_aside_old_wal(self, lock: IO) -> None:
         """Put a WAL aside that belongs to the database that was here before this one.
 
-        The lock says which files a process has opened last to write. So a WAL is never opened with a database that is
-        not its own. Whichever process is the first to see that the database was replaced, this holds, also after a
-        restart.
+        The lock says which files a process has opened last to write. So a WAL is not opened with a database that is
+        not its own, whichever process is the first to see that, also after a restart. But a copy that is made where
+        the database was removed can get its inode: deploy/restore.py moves the WAL away.
         """
         with contextlib.suppress(ValueError):  # it is empty
             old_database, old_wal = json.loads(os.pread(lock.fileno(), LOCK_BYTES, 0))
