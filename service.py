@@ -609,7 +609,7 @@ class Stream:
 
 
 def text_as_json(column: str) -> str:
-    """Return the SQL of a column as JSON: what is no JSON becomes a string. json_valid() does not look behind a NUL."""
+    """Return the SQL of a column as JSON: what is no JSON becomes a string. What else it takes: only_json_valid()."""
     text = f"CAST({column} AS TEXT)"
     return f"iif(json_valid({text}) AND NOT instr({text}, char(0)), {text}, json_quote({text}))"
 
@@ -2297,6 +2297,7 @@ LONGEST_WAIT_S = 60
 STRING = r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)'
 STRING_OR_BRACKET = re.compile(rf"{STRING}|[\[\]{{}}]", re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+TAKES_ODD_NAMES = sqlite3.sqlite_version_info < (3, 42, 0)
 DEPTH_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
@@ -2312,19 +2313,35 @@ def json_texts(data: bytes, is_batch: bool, by_rule: bool) -> tuple[list[str], l
     """Return a body as text; of a batch, its messages and the numbers of their lines. Problem 413; 400 if not JSON.
 
     by_rule: a CHECK (json_valid(body)) will refuse what is not JSON as RFC 8259 has it. But that passes over what
-    follows a NUL, and allows more depth: such texts are checked here. So are large ones: to look for the error in them
-    during the transaction would hold up others.
+    follows a NUL, allows more depth, and before SQLite 3.42 took {["a"]: 1}: such texts are checked here. So are large
+    ones: to look for the error in them during the transaction would hold up others.
     """
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise json_problem("it is not UTF-8", data[: error.start].decode()) from None
     texts, lines = numbered_lines(text) if is_batch else ([text], [1])
-    by_rule = by_rule and b"\0" not in data
+    by_rule = by_rule and b"\0" not in data and not (TAKES_ODD_NAMES and may_have_odd_names(data))
     for text, line in zip(texts, lines, strict=True):
         if not by_rule or (len(text) > MAX_DEPTH and (len(text) > LARGE_TEXT or may_be_deep(text))):
             require_json(text, line)
     return texts, lines if is_batch else []
+
+
+def may_have_odd_names(data: bytes) -> bool:
+    """May a text have an array or an object as the name of a member? In JSON, no bracket stands before a colon."""
+    squeezed = data.translate(None, b" \t\r\n")
+    return b"]:" in squeezed or b"}:" in squeezed
+
+
+def only_json_valid(data: bytes) -> bool:
+    """Is a text, which json_valid() of some SQLite takes for JSON, none?"""
+    if b"\0" in data or may_have_odd_names(data):
+        try:
+            JSON_DECODER.decode(data.decode())
+        except (ValueError, RecursionError):
+            return True
+    return False
 
 
 def numbered_lines(text: str) -> tuple[list[str], list[int]]:
@@ -2575,16 +2592,16 @@ def envelope(stream: Stream, row: tuple, with_fields: bool = False) -> bytes:
         f'{{"id": {message_id}, "received_at": {json_string(received_at)}, "client": {json_string(client)},'
         f' "key": {"null" if key is None else json_string(key)}, "body": '
     )
-    tail = f', "headers": {in_unicode(row[5]) or "null"}' if stream.has_headers else ""
+    tail = b', "headers": %b' % in_json(row[5] or b"null") if stream.has_headers else b""
     if with_fields:
-        tail += f', "fields": {object_of(stream.fields, row[5 + stream.has_headers :])}'
-    return b"%b%b%b}" % (head.encode(), in_json(body), tail.encode())
+        tail += f', "fields": {object_of(stream.fields, row[5 + stream.has_headers :])}'.encode()
+    return b"%b%b%b}" % (head.encode(), in_json(body), tail)
 
 
-def in_json(body: bytes | str) -> bytes:
-    """Return a body as JSON. json_valid() stops at a NUL, so a trigger can store a NUL: then it becomes a string."""
-    data = in_utf_8(body)
-    return json_string(data.decode()).encode() if b"\0" in data else data
+def in_json(text: bytes | str) -> bytes:
+    """Return a text that json_valid() takes, as a string if it is no JSON: a trigger can have made it."""
+    data = in_utf_8(text)
+    return json_string(data.decode()).encode() if only_json_valid(data) else data
 
 
 def in_unicode(text: bytes | str | None) -> Any:

@@ -16,8 +16,7 @@ LISTED_LINES = 100  # refused ones of a lenient batch, in its answer
 NOTE_BYTES = 65_536  # of a message that a rule refuses, in the stream `refused`
 # In hexadecimal: it may be no UTF-8, and rqlite sends only text.
 ANSWER = (
-    'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) AND NOT instr(t.answer, char(0)) FROM "{}" AS t'
-    " WHERE t.id = :id AND t.answer NOT NULL"
+    'SELECT hex(CAST(t.answer AS BLOB)), json_valid(t.answer) FROM "{}" AS t WHERE t.id = :id AND t.answer NOT NULL'
 )
 
 
@@ -131,9 +130,10 @@ class Outcomes:
             if isinstance(rows, Exception):
                 service.log.error("an answer of %s cannot be read: %s", entries[n].stream.name, service.words_of(rows))
             elif rows and isinstance(result, Stored):
-                kind = JSON if rows[0][1] else "text/plain; charset=utf-8"
-                answer = "200 OK", headers_of(result, kind), service.in_utf_8(bytes.fromhex(rows[0][0]))
-                results[n] = result._replace(answer=answer)
+                content = service.in_utf_8(bytes.fromhex(rows[0][0]))
+                is_json = rows[0][1] and not service.only_json_valid(content)
+                headers = headers_of(result, JSON if is_json else "text/plain; charset=utf-8")
+                results[n] = result._replace(answer=("200 OK", headers, content))
 
     def go_on(self, entry: Entry, part: Stored) -> None:
         """Let the next portion of a lenient batch come: part is on disk."""

@@ -212,6 +212,7 @@ def test_a_turn_that_fails_leaves_the_loop_to_its_thread():
 
     server = service.extra("loop").Server(None, [], None, fail, bool, None, (1,), "", 0, 1)
     server._loop_thread = threading.get_ident()
+    server._wake()  # or it would wait for a client
     with pytest.raises(RuntimeError):
         server._turn()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -27,6 +27,7 @@ def test_a_generated_column_answer_is_what_the_client_gets(open_store):
     for body, content, kind in (
         ('{"event": "challenge", "challenge": "3eZ é"}', "3eZ é", "text/plain; charset=utf-8"),
         ('{"event": "challenge", "challenge": ""}', "", "text/plain; charset=utf-8"),
+        (r'{"event": "challenge", "challenge": "{[\"a\"]:1}"}', '{["a"]:1}', "text/plain; charset=utf-8"),
         ('{"event": "json", "n": 12}', '{"id":12}', "application/json"),
     ):
         for replayed in (None, "true"):
@@ -34,9 +35,9 @@ def test_a_generated_column_answer_is_what_the_client_gets(open_store):
             assert (answer.status_code, answer.text, answer.headers["Content-Type"]) == (200, content, kind)
             assert answer.headers.get("Idempotent-Replayed") == replayed
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert store.statistics.answers == {("hooks", 201): 6, ("hooks", 503): 0}  # as the server counts what it stores
+    assert store.statistics.answers == {("hooks", 201): 8, ("hooks", 503): 0}  # as the server counts what it stores
     other = client.post("hooks", '{"event": "push"}')
-    assert (other.status_code, other.json["id"]) == (201, 4)
+    assert (other.status_code, other.json["id"]) == (201, 5)
     batch = client.post("hooks", '{"event": "challenge", "challenge": "x"}', **BATCH)
     assert (batch.status_code, batch.json["count"]) == (201, 1)
     # What cannot be computed is refused, as every generated column, and what is no text is sent as it is.
