@@ -2171,6 +2171,22 @@ def test_an_accept_header_takes_no_time(client):
     eventually(lambda: seconds() < 0.1)
 
 
+def test_what_a_read_is_takes_no_time_to_tell():
+    """The loop does that, before it knows whose request it is."""
+    for query in ("", "after=1", "after=1&limit=2&", "since=2026-01-01T00:00:00%2B01:00&wait=3&fields=1"):
+        assert service.PLAIN_QUERY.fullmatch(query)
+    for query in ("n=1", "after=1&n=1", "n=1&after=1", "after=1 ", "after", "&"):
+        assert not service.PLAIN_QUERY.fullmatch(query)
+
+    def seconds(query):
+        started = time.process_time()
+        for _ in range(20):
+            assert not service.PLAIN_QUERY.fullmatch(query)
+        return time.process_time() - started
+
+    eventually(lambda: seconds("after=" * 2600) < 3 * seconds("after=" + "a" * 15_600 + "!"))
+
+
 def test_one_message_can_be_read(client):
     client.post("messages", '{"b":1.10,"a":2}', Idempotency_Key="k")
     answer = client.get("/messages/1")

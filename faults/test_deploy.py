@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sysconfig
@@ -140,6 +141,9 @@ def test_nginx_in_front(upstream, tmp_path):
     server = Server(tmp_path, *listen, *(("--prefix", prefix) if prefix else ()))
     with nginx(tmp_path, f"unix:{tmp_path}/socket" if upstream == "unix" else server.address, prefix) as address:
         contract(address, path, prefix, log=tmp_path / "log")
+        with socket.create_connection(address) as sock:  # a health check of the old kind, without a Host
+            sock.sendall(f"GET {prefix}/livez HTTP/1.0\r\n\r\n".encode())
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
     assert server.end() == 0
 
 
