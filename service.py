@@ -1120,7 +1120,7 @@ class Store:
                 self._give(entry, result)
 
     def _require_schema(self, db: sqlite3.Connection) -> None:
-        """Now and then, raise DatabaseError if the database has other rules than this process or schema.sql.
+        """Every SCHEMA_LOOK_S, raise DatabaseError if the database has other rules than this process or schema.sql.
 
         It may have those of this process, or, after a migrate, those that schema.sql has by now. But each stream must
         still have, or lack, `headers`, and it must keep its CHECK of JSON.
@@ -2297,7 +2297,7 @@ LONGEST_WAIT_S = 60
 STRING = r'"(?:[^"\\]++|\\.?)*+(?:"|\Z)'
 STRING_OR_BRACKET = re.compile(rf"{STRING}|[\[\]{{}}]", re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-TAKES_ODD_NAMES = sqlite3.sqlite_version_info < (3, 42, 0)
+TAKES_ODD_NAMES = sqlite3.sqlite_version_info < (3, 42, 0)  # does json_valid() take {["a"]: 1}?
 DEPTH_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
@@ -2335,7 +2335,7 @@ def may_have_odd_names(data: bytes) -> bool:
 
 
 def only_json_valid(data: bytes) -> bool:
-    """Is a text, which json_valid() of some SQLite takes for JSON, none?"""
+    """Is a text no JSON, though json_valid() takes it? The SQLite that has stored it may be older than this one."""
     if b"\0" in data or may_have_odd_names(data):
         try:
             JSON_DECODER.decode(data.decode())
